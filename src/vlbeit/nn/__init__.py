@@ -1,0 +1,1 @@
+"""The MoME Transformer: embeddings, attention, experts, backbone, heads."""

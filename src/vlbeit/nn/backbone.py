@@ -1,0 +1,116 @@
+"""The stack of MoME blocks: States in, rows out. It never asks what the tokens mean."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vlbeit.nn.mome import Block
+from vlbeit.nn.positions import RelativeBias
+from vlbeit.types import Modality, States
+
+
+class Backbone(nn.Module):
+    """Blocks with V- and L-experts in every layer and a VL-expert in the top `vl_layers`.
+
+    Image only: V-experts in all layers. Text only: L-experts in all layers. Pair: L- and
+    V-experts below, the VL-expert for all tokens on top (VLMo section 3.2; BEiT-3 Figure 3).
+    Drop rates rise linearly from 0 at the first block to `drop_path` at the last.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        ffn: int,
+        experts: Sequence[Modality] = (Modality.IMAGE, Modality.TEXT),
+        vl_layers: int = 0,
+        layer_scale: float = 0.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+        relative_bias: RelativeBias | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= vl_layers <= layers:
+            raise ValueError(f"vl_layers must be 0..{layers} (the layers), found {vl_layers}")
+        self.checkpoint_activations = False
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                heads,
+                ffn,
+                (*experts, Modality.FUSED) if layer >= layers - vl_layers else experts,
+                layer_scale,
+                drop_path * layer / max(layers - 1, 1),
+                norm_eps,
+            )
+            for layer in range(layers)
+        )
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.relative_bias = relative_bias
+
+    def _biases(self, states: States) -> list[Tensor | None]:
+        """What is added to the attention scores of each layer: padding, relative positions."""
+        padding = None
+        if states.valid is not None and not bool(states.valid.all()):
+            padding = torch.zeros(states.valid.shape, dtype=states.x.dtype, device=states.x.device)
+            padding = padding.masked_fill(~states.valid, float("-inf"))[:, None, None, :]
+        if self.relative_bias is None:
+            return [padding] * len(self.blocks)
+        relative = self.relative_bias(states.route, states.grid)
+        if padding is None:
+            return list(relative)
+        return [bias + padding for bias in relative]
+
+    def _block(
+        self, block: nn.Module, x: Tensor, states: States, bias: Tensor | None, draws: Tensor | None
+    ) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, x, states.route, bias, draws, use_reentrant=False)
+            return out
+        out = block(x, states.route, bias, draws)
+        return out
+
+    def forward(self, states: States) -> Tensor:
+        """(B, L, D), every token after the final norm."""
+        x = states.x
+        biases = self._biases(states)
+        for layer, block in enumerate(self.blocks):
+            x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
+        out: Tensor = self.norm(x)
+        return out
+
+    def taps(self, states: States, layers: Sequence[int]) -> list[Tensor]:
+        """(B, L, D) after each of the named blocks (1 = the first), without the final norm."""
+        x, kept = states.x, {}
+        biases = self._biases(states)
+        for layer, block in enumerate(self.blocks):
+            x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
+            kept[layer + 1] = x
+        return [kept[layer] for layer in layers]
+
+    def rows(self, states: States, wanted: Tensor) -> Tensor:
+        """(N, D), the wanted tokens in row-major order: the same numbers as `forward(...)[wanted]`.
+
+        The last block's projection and expert and the final norm run on those rows only.
+        """
+        x = states.x
+        biases = self._biases(states)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            draws = layer_draws(states, layer)
+            if layer == last:
+                x = block.rows(x, states.route, wanted, biases[layer], draws)  # type: ignore[operator]
+            else:
+                x = self._block(block, x, states, biases[layer], draws)
+        out: Tensor = self.norm(x)
+        return out
+
+
+def layer_draws(states: States, layer: int) -> Tensor | None:
+    """(B, 2): the draws of the attention and the expert branch of a layer."""
+    if states.depth_draws is None:
+        return None
+    return states.depth_draws[:, 2 * layer : 2 * layer + 2]

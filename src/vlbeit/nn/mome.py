@@ -1,0 +1,160 @@
+"""The MoME block: attention for everyone, one feed-forward expert per modality."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vlbeit.nn.attention import Attention
+from vlbeit.types import Modality, Span
+
+
+class Expert(nn.Module):
+    """The paper's V-FFN, L-FFN or VL-FFN: a feed-forward layer with its own LayerNorm in front."""
+
+    def __init__(self, width: int, hidden: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=norm_eps)
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(self.act(self.fc1(self.norm(x))))
+        return out
+
+
+def residual(x: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+    return x + branch if gamma is None else x + gamma * branch
+
+
+class Block(nn.Module):
+    """Pre-LN Transformer block with modality experts (VLMo eq. 1-2).
+
+        h = x + gamma_1 * Attention(LN1(x))
+        y = h + gamma_2 * Expert_m(LN2_m(h))        m: the modality of the token
+
+    LN1, attention and the gammas are shared by all modalities. The route is an argument and not
+    a setting of the module, so two calls with different routes never disturb each other.
+
+    Stochastic depth runs the kept samples only and divides their branch by the keep rate.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        experts: Sequence[Modality],
+        layer_scale: float,
+        drop_rate: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.drop_rate = drop_rate
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
+        self.attention = Attention(width, heads)
+        self.experts = nn.ModuleDict(
+            {modality.value: Expert(width, hidden, norm_eps) for modality in experts}
+        )
+        self.gamma_1 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((width,), layer_scale)) if layer_scale else None
+
+    def spans(self, route: Sequence[Span]) -> tuple[Span, ...]:
+        """The route through this block: a pair is one span where there is a VL-expert."""
+        if len(route) > 1 and Modality.FUSED.value in self.experts:
+            return (Span(Modality.FUSED, sum(span.length for span in route)),)
+        return tuple(route)
+
+    def _attention_branch(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        out: Tensor = self.attention.proj(self.attention(self.norm1(x), bias))
+        return out
+
+    def _expert_branch(self, x: Tensor, route: Sequence[Span]) -> Tensor:
+        spans = self.spans(route)
+        if len(spans) == 1:
+            out: Tensor = self.experts[spans[0].modality.value](x)
+            return out
+        pieces = x.split([span.length for span in spans], dim=1)
+        served = [self.experts[s.modality.value](p) for s, p in zip(spans, pieces, strict=True)]
+        return torch.cat(served, dim=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        route: Sequence[Span],
+        bias: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """Shapes: x (B, L, D), bias broadcastable to (B, H, L, L), draws (B, 2) or None."""
+        if draws is None or self.drop_rate == 0:
+            x = residual(x, self._attention_branch(x, bias), self.gamma_1)
+            return residual(x, self._expert_branch(x, route), self.gamma_2)
+        keep = draws >= self.drop_rate  # (B, 2)
+        scale = 1 / (1 - self.drop_rate)
+        rows = keep[:, 0].nonzero().squeeze(1)
+        if len(rows):
+            part = bias[rows] if bias is not None and bias.shape[0] > 1 else bias
+            branch = self._attention_branch(x[rows], part) * scale
+            x = add_rows(x, rows, branch, self.gamma_1)
+        rows = keep[:, 1].nonzero().squeeze(1)
+        if len(rows):
+            branch = self._expert_branch(x[rows], route) * scale
+            x = add_rows(x, rows, branch, self.gamma_2)
+        return x
+
+    def rows(
+        self,
+        x: Tensor,
+        route: Sequence[Span],
+        wanted: Tensor,
+        bias: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """The block's output at the wanted tokens only, in row-major order.
+
+        Attention still sees every token; its projection, the second norm and the experts run on
+        the wanted rows. The numbers are those of `forward`.
+
+        Shapes: wanted (B, L) bool, return (N, D).
+        """
+        mixed = self.attention(self.norm1(x), bias)[wanted]  # (N, D)
+        branch = self.attention.proj(mixed)
+        sample = wanted.nonzero()[:, 0] if draws is not None and self.drop_rate else None
+        if sample is not None and draws is not None:
+            branch = branch * kept(draws[:, 0], self.drop_rate)[sample, None].to(branch.dtype)
+        picked = residual(x[wanted], branch, self.gamma_1)
+        branch = self._expert_rows(picked, route, wanted)
+        if sample is not None and draws is not None:
+            branch = branch * kept(draws[:, 1], self.drop_rate)[sample, None].to(branch.dtype)
+        return residual(picked, branch, self.gamma_2)
+
+    def _expert_rows(self, picked: Tensor, route: Sequence[Span], wanted: Tensor) -> Tensor:
+        spans = self.spans(route)
+        if len(spans) == 1:
+            out: Tensor = self.experts[spans[0].modality.value](picked)
+            return out
+        position = wanted.nonzero()[:, 1]  # (N,) column of each row
+        branch, start = None, 0
+        for span in spans:
+            here = ((position >= start) & (position < start + span.length)).nonzero().squeeze(1)
+            start += span.length
+            if len(here):
+                served = self.experts[span.modality.value](picked[here])
+                if len(here) == len(picked):
+                    return served  # type: ignore[no-any-return]
+                if branch is None:
+                    branch = served.new_zeros(picked.shape)
+                branch = branch.index_copy(0, here, served)
+        return torch.zeros_like(picked) if branch is None else branch
+
+
+def kept(draws: Tensor, rate: float) -> Tensor:
+    """1 / (1 - rate) where the draw keeps the branch, 0 where it drops it."""
+    return (draws >= rate).float() / (1 - rate)
+
+
+def add_rows(x: Tensor, rows: Tensor, branch: Tensor, gamma: Tensor | None) -> Tensor:
+    """x with gamma * branch added to the given samples."""
+    branch = branch if gamma is None else gamma * branch
+    return x.index_add(0, rows, branch.to(x.dtype))

@@ -1,0 +1,50 @@
+"""Initialisation as BEiT's (paper section 3.1)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vlbeit.draws import key_of
+from vlbeit.nn.mome import Block
+
+STD = 0.02
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every parameter in place, the same for the same seed.
+
+    Matrices, tables, position, [CLS] and mask vectors: normal with std 0.02 truncated to
+    [-0.02, 0.02]. Biases 0, LayerNorm 1 and 0, LayerScale and relative bias as built. Then the
+    attention projection and every expert's second layer of block l (from 1) are divided by
+    sqrt(2 l). Each parameter has its own stream, keyed by its name: adding one changes no other.
+    """
+    norms = {
+        id(p)
+        for part in module.modules()
+        if isinstance(part, nn.LayerNorm)
+        for p in part.parameters()
+    }
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            leaf = name.rsplit(".", 1)[-1]
+            if id(parameter) in norms or leaf in ("gamma_1", "gamma_2", "table"):
+                continue
+            if leaf.endswith("bias"):
+                parameter.zero_()
+            else:
+                truncated_normal(parameter, key_of(seed, "init", name))
+        depth = 0
+        for part in module.modules():
+            if isinstance(part, Block):
+                depth += 1
+                part.attention.proj.weight.div_(math.sqrt(2 * depth))
+                for expert in part.experts.values():
+                    expert.fc2.weight.div_(math.sqrt(2 * depth))  # type: ignore[union-attr, operator]
+
+
+def truncated_normal(tensor: Tensor, key: int) -> None:
+    generator = torch.Generator().manual_seed(key % (1 << 63))
+    fresh = torch.empty(tensor.shape)
+    nn.init.trunc_normal_(fresh, std=STD, a=-STD, b=STD, generator=generator)
+    tensor.copy_(fresh)

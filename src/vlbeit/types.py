@@ -1,0 +1,145 @@
+"""The three types everything passes through, and the legend of dimensions.
+
+    B  samples of a micro-batch          P  patches of an image (grid rows x grid columns)
+    L  tokens of a sequence              W  tokens of a text, [T_CLS] and [T_SEP] included
+    D  width of the model                V  size of a vocabulary or codebook
+    H  attention heads                   N  rows picked out of a batch of sequences
+
+Names: `valid` is True at a real token, `masked` is True at what is hidden from the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Stream = Literal["image", "text", "pair"]
+STREAMS: tuple[Stream, ...] = ("image", "text", "pair")
+
+
+class Modality(str, Enum):
+    """Which expert serves a token. The paper's V-FFN, L-FFN and VL-FFN."""
+
+    IMAGE = "v"
+    TEXT = "l"
+    FUSED = "vl"
+
+
+class Span(NamedTuple):
+    """Neighbouring tokens of a sequence that one expert serves."""
+
+    modality: Modality
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What collate made: one micro-batch of one stream, already masked.
+
+    The model is deterministic given the batch: the masks, the replaced words and the draws that
+    decide which paths are dropped are all in it.
+
+    Shapes:
+        pixels        (B, 3, height, width) uint8, RGB; None in the text stream
+        patch_masked  (B, P) bool; exactly the same count in every row
+        patch_codes   (B, P) int64, the visual tokenizer's code of each patch; None until the
+                      tokenizer has been asked
+        words         (B, W) int64, the text as it is
+        words_given   (B, W) int64, the text as the model sees it (80 / 10 / 10)
+        word_masked   (B, W) bool, words to predict; never a special token or padding
+        word_valid    (B, W) bool, False at padding
+        depth_draws   (B, views, 2 * layers) float32 in [0, 1): a residual branch runs when its
+                      draw is not below the branch's drop rate; None: nothing is dropped
+        sample_ids    B strings "source:epoch:index"
+    """
+
+    stream: Stream
+    sample_ids: tuple[str, ...]
+    pixels: Tensor | None = None
+    patch_masked: Tensor | None = None
+    patch_codes: Tensor | None = None
+    words: Tensor | None = None
+    words_given: Tensor | None = None
+    word_masked: Tensor | None = None
+    word_valid: Tensor | None = None
+    depth_draws: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor on `device`."""
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def pick(self, places: list[int]) -> Batch:
+        """The samples at the given places."""
+        index = torch.tensor(places, dtype=torch.long)
+        picked = {
+            name: value[index.to(value.device)]
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, sample_ids=tuple(self.sample_ids[i] for i in places), **picked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """The only thing the backbone sees.
+
+    Shapes:
+        x      (B, L, D)
+        valid  (B, L) bool, or None when every token is real
+        route  spans whose lengths add up to L; a pair is [text ; image] (paper section 2.1)
+        grid   rows and columns of patches, for relative positions; None without an image
+        depth_draws  (B, 2 * layers), or None
+    """
+
+    x: Tensor
+    valid: Tensor | None
+    route: tuple[Span, ...]
+    grid: tuple[int, int] | None = None
+    depth_draws: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        covered = sum(span.length for span in self.route)
+        if covered != self.x.shape[1]:
+            raise ValueError(f"route covers {covered} tokens, x has {self.x.shape[1]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Sums over a micro-batch; somebody else divides, once, by the global count.
+
+    loss_sum is a scalar with a gradient, count and correct are scalars without. With nothing to
+    predict the sums are zero and loss_sum still has a gradient.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    correct: Tensor
+
+    def __add__(self, other: Score) -> Score:
+        return Score(
+            loss_sum=self.loss_sum + other.loss_sum,
+            count=self.count + other.count,
+            correct=self.correct + other.correct,
+        )
+
+    def detach(self) -> Score:
+        return Score(loss_sum=self.loss_sum.detach(), count=self.count, correct=self.correct)
+
+    def mean_loss(self) -> Tensor:
+        """loss_sum over count; 0 when nothing was counted."""
+        return self.loss_sum / self.count.clamp(min=1)
+
+    def accuracy(self) -> Tensor:
+        return self.correct / self.count.clamp(min=1)
