@@ -11,7 +11,7 @@ Names: `valid` is True at a real token, `masked` is True at what is hidden from 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from typing import Literal, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ Stream = Literal["image", "text", "pair"]
 STREAMS: tuple[Stream, ...] = ("image", "text", "pair")
 
 
-class Modality(str, Enum):
+class Modality(StrEnum):
     """Which expert serves a token. The paper's V-FFN, L-FFN and VL-FFN."""
 
     IMAGE = "v"
