@@ -1,0 +1,1 @@
+"""From files to masked batches: records, order, streams, collate."""
