@@ -1,0 +1,156 @@
+"""The `vlbeit` command: a table of verbs. Words are parsed first, torch is imported after.
+
+Exit codes are the run-folder contract's: 0 done, 65 data outside the budget, 66 input missing or
+changed, 70 non-finite, 71 lost rank or worker, 73 cannot save, 75 stopped on request and saved,
+77 refused as unsafe, 78 bad configuration or usage, 130 interrupted with nothing to save.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from vlbeit import __version__
+from vlbeit.errors import ConfigError, VLBeitError
+
+PREPARE_NAMES = (
+    "scenes", "images", "pairs", "text", "imagenet", "coco", "flickr30k", "vg", "cc3m", "sbu",
+)  # fmt: skip
+
+
+class Verb(NamedTuple):
+    """What `vlbeit --help` says, and the function that takes the words after the verb."""
+
+    help: str
+    target: str
+    """`module:function`, imported only when the verb is used; (list of words) -> exit code."""
+
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb(
+        "the first minutes: draw a small world, train on it, write report.html",
+        "vlbeit.train.demo:main",
+    ),
+    "prepare": Verb(
+        "turn files into records: " + " ".join(PREPARE_NAMES),
+        "vlbeit.data.prepare:main",
+    ),
+    "tokenizer": Verb(
+        "make the two tokenizers: train-text train-visual import show",
+        "vlbeit.train.tokenizer_cli:main",
+    ),
+    "pretrain": Verb(
+        "pretrain by a recipe; the same command again goes on where it stopped",
+        "vlbeit.cli:pretrain",
+    ),
+    "eval": Verb(
+        "held-out loss and accuracy of a run, and what the picture adds to the text",
+        "vlbeit.eval.cli:main",
+    ),
+    "predict": Verb(
+        "fill in hidden words and hidden patches",
+        "vlbeit.eval.predict:main",
+    ),
+    "bench": Verb(
+        "time a pretraining step and the data loading on this machine",
+        "vlbeit.train.bench:main",
+    ),
+    "doctor": Verb(
+        "what this machine and installation can do",
+        "vlbeit.doctor:main",
+    ),
+    "verify": Verb(
+        "check a checkpoint, run folder or shards against their digests",
+        "vlbeit.train.verify:main",
+    ),
+    "inspect": Verb(
+        "show what is in a checkpoint, run folder or data folder",
+        "vlbeit.train.verify:inspect",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; a user's error is one message on stderr."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except VLBeitError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        # A run that saves on Ctrl-C raises StopRequested (75); here nothing was left to save.
+        _complain("interrupted")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output left (`vlbeit ... | head`). Keep the exit from flushing into it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except ModuleNotFoundError as error:
+        from vlbeit.doctor import extra_of
+
+        extra = extra_of(error.name or "")
+        if extra is None:
+            raise
+        _complain(f"{error.name} is not installed; run: pip install 'vlbeit[{extra}]'")
+        return ConfigError.exit_code
+    except SystemExit as stop:
+        # argparse leaves with 2 after its message; the contract's code for bad usage is 78.
+        if isinstance(stop.code, str):
+            _complain(stop.code)
+            return 1
+        return ConfigError.exit_code if stop.code == 2 else int(stop.code or 0)
+
+
+def pretrain(words: list[str]) -> int:
+    """`vlbeit pretrain RECIPE [--config FILE] [--SETTING VALUE ...]`."""
+    from vlbeit.config import PretrainConfig
+    from vlbeit.overrides import parse_config
+    from vlbeit.recipes import PRETRAIN
+
+    config = parse_config(PretrainConfig, PRETRAIN, words, command="vlbeit pretrain")
+    run = importlib.import_module("vlbeit.train.pretrain")
+    run.pretrain(config)
+    return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words:
+        print(_overview(), file=sys.stderr)
+        return ConfigError.exit_code
+    verb, rest = words[0], words[1:]
+    if verb in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if verb in ("-V", "--version"):
+        print(f"vlbeit {__version__}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"; did you mean `vlbeit {near[0]}`?" if near else ""
+        raise ConfigError(f"no command {verb!r}{hint} (known: {', '.join(VERBS)})")
+    module, _, function = VERBS[verb].target.partition(":")
+    run: Callable[[list[str]], int | None] = getattr(importlib.import_module(module), function)
+    return run(rest) or 0
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {verb.help}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"vlbeit {__version__}: vision-language pretraining by masked prediction (VL-BEiT)",
+            "",
+            "usage: vlbeit COMMAND ...      `vlbeit COMMAND --help` for one command",
+            "",
+            *lines,
+            "",
+            "More processes: torchrun --nproc-per-node N -m vlbeit pretrain ...",
+        ]
+    )
+
+
+def _complain(message: str) -> None:
+    rank = f" (rank {os.environ['RANK']})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"vlbeit{rank}: {message}", file=sys.stderr, flush=True)
