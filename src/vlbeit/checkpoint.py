@@ -1,0 +1,524 @@
+"""A checkpoint is a folder: written aside, synced, renamed, verified, and only then relied upon.
+
+    checkpoints/step-0000060/
+        model.safetensors       what `VLBeit.from_pretrained(folder)` reads, with config.json
+        optimizer.safetensors   moments, by parameter name
+        config.json             the resolved config of the run
+        state.json              step, cursors and the rest that a resume needs
+        tokenizer.json, visual/, preprocessor.json
+        manifest.json           size and sha256 of each file, and its own digest
+
+A save goes: temporary folder -> files, each synced -> manifest, synced -> rename -> parent folder
+synced -> the new folder read back and verified -> old checkpoints removed. A kill at any point
+leaves the previous checkpoint or the new one, never half of one. There is no pointer to the
+newest: a start walks the folders from newest to oldest and takes the first that verifies.
+No pickle: tensors in safetensors, the rest in JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vlbeit.config import digest as config_digest
+from vlbeit.errors import InputError, SaveError
+from vlbeit.tensorfile import read_tensors, tensor_bytes, write_tensors
+
+FORMAT = "vlbeit-checkpoint"
+VERSION = 1
+RNG_SCHEME = "philox4x64 raw, keyed by blake2b-128 of (names, numbers); no state to save"
+"""How random numbers are made (draws.py). Another scheme is another run: a resume refuses it."""
+
+MODEL = "model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+MANIFEST = "manifest.json"
+TEXT_TOKENIZER = "tokenizer.json"
+VISUAL_TOKENIZER = "visual"
+
+MAX_JSON = 256 << 20
+"""Bytes of a JSON file that is read into memory."""
+
+FAULT_POINTS = (
+    "before_temp",
+    "mid_write",
+    "before_fsync",
+    "before_rename",
+    "after_rename",
+    "mid_purge",
+    "after",
+)
+"""Where VLBEIT_FAULT=name ends the process with 137, as a kill would. For the fault tests."""
+
+_NAME = re.compile(r"step-(\d{7,})")
+_TEMPORARY = ".tmp-"
+_REPLACED = ".old-"
+_SELF = re.compile(rb'"digest": "([0-9a-f]{64})"')
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. Small files are read, tensors only when asked for."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    """What the trainer handed to `save_checkpoint`."""
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """On the CPU, by name."""
+        return read_tensors(self.folder / MODEL)
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """On the CPU, by name."""
+        return read_tensors(self.folder / OPTIMIZER)
+
+    @property
+    def text_tokenizer(self) -> Path:
+        return self.folder / TEXT_TOKENIZER
+
+    @property
+    def visual_tokenizer(self) -> Path:
+        return self.folder / VISUAL_TOKENIZER
+
+    def differences(self, *, world_size: int, threads: int) -> list[str]:
+        """What makes a resume here other than bit-identical, one sentence each (reliability.md G8).
+
+        Sums over ranks and threads are made in another order when their number changes: the
+        sample order stays the same, losses agree to rounding.
+        """
+        now = {"world_size": world_size, "threads": threads}
+        return [
+            f"{name} was {self.manifest[name]} when step {self.step} was saved and is {value} now: "
+            "the sample order stays the same, losses agree to rounding but not bit by bit"
+            for name, value in now.items()
+            if self.manifest[name] != value
+        ]
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything that is named like a checkpoint, oldest first; unverified."""
+    root = run_dir / "checkpoints"
+    if not root.is_dir():
+        return []
+    found = [(_NAME.fullmatch(path.name), path) for path in root.iterdir() if path.is_dir()]
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+# Saving ------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    run_dir: Path,
+    step: int,
+    *,
+    model_tensors: Mapping[str, Tensor],
+    optimizer_tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    preprocessor: Mapping[str, Any],
+    text_tokenizer: Path | None,
+    visual_tokenizer: Path | None,
+    world_size: int,
+    threads: int,
+    keep: int = 0,
+    log: Log = print,
+) -> Path:
+    """Writes `checkpoints/step-0000060`, verifies it, then removes all but the `keep` newest.
+
+    Called by one process only, the holder of the run folder's lock. `state` must be JSON and holds
+    `cursors` (source -> samples handed out). `text_tokenizer` is a tokenizer.json, or the folder
+    that holds one; `visual_tokenizer` is a folder, copied whole. A folder of the same step is
+    replaced. `keep` of 0 keeps all.
+
+    Raises:
+        SaveError: no room, no permission, or the written files do not verify. The previous
+            checkpoint is untouched and the temporary folder is gone.
+    """
+    root = run_dir / "checkpoints"
+    folder = root / checkpoint_name(step)
+    temporary = root / (_TEMPORARY + folder.name)
+    needed = tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors)
+    with _translated(folder, needed):
+        _fault("before_temp")
+        root.mkdir(parents=True, exist_ok=True)
+        free = free_bytes(root)
+        if free < needed:
+            raise SaveError(_no_room(folder, needed, free))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            files: dict[str, dict[str, Any]] = {}
+            files[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
+            _fault("mid_write")
+            files[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
+            for name, content in {
+                "config.json": config,
+                "state.json": {**state, "step": step},
+                "preprocessor.json": preprocessor,
+            }.items():
+                files[name] = _write(temporary / name, _json_bytes(content))
+            for name, source in _tokenizer_files(text_tokenizer, visual_tokenizer).items():
+                files[name] = _write(temporary / name, source.read_bytes())
+            _fault("before_fsync")
+            for name in files:
+                _sync(temporary / name)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "step": step,
+                "world_size": world_size,
+                "threads": threads,
+                "rng": RNG_SCHEME,
+                "cursors": state["cursors"],
+                "config_digest": config_digest(dict(config)),
+                "tokenizer_digests": _tokenizer_digests(files),
+                "files": files,
+            }
+            _write(temporary / MANIFEST, _manifest_bytes(manifest))
+            for inside in (temporary / MANIFEST, temporary / VISUAL_TOKENIZER, temporary):
+                if inside.exists():
+                    _sync(inside)
+            _fault("before_rename")
+            _put_in_place(temporary, folder)
+        except BaseException:
+            # Half a checkpoint on a full disk would also take the room that the log needs.
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _fault("after_rename")
+        _sync(root)
+    report = verify_checkpoint(folder)
+    if not report["ok"]:
+        raise SaveError(
+            f"{folder}: what was read back is not what was written: "
+            f"{'; '.join(report['problems'])}. Older checkpoints were kept; check the disk."
+        )
+    _purge(run_dir, step, keep, log)
+    _fault("after")
+    return folder
+
+
+def check_space(run_dir: Path, needed: int) -> None:
+    """At the start of a run: refuse unless the disk takes two checkpoints of `needed` bytes.
+
+    Raises:
+        SaveError: with the path, the bytes needed and the bytes free.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    free = free_bytes(run_dir)
+    if free < 2 * needed:
+        raise SaveError(_no_room(run_dir, 2 * needed, free))
+
+
+def free_bytes(folder: Path) -> int:
+    """What an ordinary user may still write there."""
+    return shutil.disk_usage(folder).free
+
+
+def remove_leftovers(run_dir: Path, log: Log) -> list[str]:
+    """Removes what a kill during a save left behind; for the holder of the lock, at its start.
+
+    A checkpoint that was moved aside to be replaced, and whose replacement never arrived, is put
+    back. Returns the names dealt with.
+    """
+    root = run_dir / "checkpoints"
+    dealt: list[str] = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        original = root / path.name.removeprefix(_REPLACED)
+        if path.name.startswith(_REPLACED) and not original.exists():
+            path.rename(original)
+            log(f"put back {original}: its replacement was never finished")
+        elif path.name.startswith((_TEMPORARY, _REPLACED)):
+            shutil.rmtree(path)
+            log(f"removed {path}, left by a save that was cut off")
+        else:
+            continue
+        dealt.append(path.name)
+    return dealt
+
+
+@contextmanager
+def _translated(path: Path, needed: int) -> Iterator[None]:
+    """The system's refusals to write, as SaveError with the numbers a user can act on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            existing = next(p for p in (path, *path.parents) if p.exists())
+            why = {
+                errno.ENOSPC: "",
+                errno.EDQUOT: " The user's quota is used up.",
+                errno.EFBIG: " A file grew over the file-size limit (see `ulimit -f`).",
+            }[error.errno]
+            raise SaveError(_no_room(path, needed, free_bytes(existing)) + why) from error
+        raise SaveError(
+            f"{error.filename or path}: cannot write ({error.strerror}). Earlier checkpoints were "
+            "kept; the same command goes on from the newest."
+        ) from error
+
+
+def _no_room(path: Path, needed: int, free: int) -> str:
+    return (
+        f"{path}: no room: {needed} bytes needed, {free} bytes free. Earlier checkpoints were "
+        "kept. Free space, or lower log.keep or move run_dir, then run the same command again."
+    )
+
+
+def _tokenizer_files(text: Path | None, visual: Path | None) -> dict[str, Path]:
+    """Name in the checkpoint -> file to copy."""
+    found: dict[str, Path] = {}
+    if text is not None:
+        found[TEXT_TOKENIZER] = text / TEXT_TOKENIZER if text.is_dir() else text
+    if visual is not None:
+        for path in sorted(visual.rglob("*")):
+            if path.is_file():
+                found[f"{VISUAL_TOKENIZER}/{path.relative_to(visual).as_posix()}"] = path
+    return found
+
+
+def _tokenizer_digests(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """sha256 of the text tokenizer's file and of the list of the visual tokenizer's digests."""
+    visual = [f"{files[n]['sha256']}  {n}" for n in sorted(files) if n.startswith("visual/")]
+    digests = {"visual": hashlib.sha256("\n".join(visual).encode()).hexdigest()} if visual else {}
+    if TEXT_TOKENIZER in files:
+        digests["text"] = files[TEXT_TOKENIZER]["sha256"]
+    return digests
+
+
+def _record(size: int, sha256: str) -> dict[str, Any]:
+    return {"size": size, "sha256": sha256}
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("xb") as file:
+        file.write(content)
+    return _record(len(content), hashlib.sha256(content).hexdigest())
+
+
+def _json_bytes(content: Mapping[str, Any]) -> bytes:
+    # NaN is not JSON: a state that holds one could not be read by anything else.
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest ends with the sha256 of its own bytes, taken with 64 zeros in that place."""
+    blank = _json_bytes({**manifest, "digest": "0" * 64})
+    own = hashlib.sha256(blank).hexdigest()
+    return blank.replace(b'"digest": "' + b"0" * 64, b'"digest": "' + own.encode())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    """Renames; a folder of that name (found damaged at the start, or saved before) gives way."""
+    if folder.exists():
+        aside = folder.with_name(_REPLACED + folder.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        temporary.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(folder)
+
+
+def _purge(run_dir: Path, step: int, keep: int, log: Log) -> None:
+    """Removes all but the `keep` newest checkpoints up to `step`.
+
+    Later ones can only be there because a resume found them damaged; they do not count, or they
+    would push out the good ones.
+    """
+    if keep <= 0:
+        return
+    for _, folder in [c for c in list_checkpoints(run_dir) if c[0] <= step][:-keep]:
+        # Renamed first: a kill in the middle must not leave half a folder with a good name.
+        doomed = folder.with_name(_TEMPORARY + folder.name)
+        try:
+            folder.rename(doomed)
+            _fault("mid_purge")
+            shutil.rmtree(doomed)
+        except OSError as error:
+            log(f"cannot remove old checkpoint {folder}: {error.strerror}")
+
+
+def _fault(point: str) -> None:
+    if os.environ.get("VLBEIT_FAULT") == point:
+        os._exit(137)
+
+
+# Verifying and loading ---------------------------------------------------------------------------
+
+
+def load_newest(run_dir: Path, log: Log) -> Checkpoint | None:
+    """The newest checkpoint that verifies; None when the run has none at all.
+
+    Each one passed over is logged with the expected and the found digest.
+
+    Raises:
+        InputError: there are checkpoints, and none of them is good.
+    """
+    found = list_checkpoints(run_dir)
+    for _, folder in reversed(found):
+        report = verify_checkpoint(folder)
+        if report["ok"]:
+            return open_checkpoint(folder)
+        log(f"skipped damaged checkpoint {folder}: {'; '.join(report['problems'])}")
+    if found:
+        raise InputError(
+            f"{run_dir / 'checkpoints'}: none of the {len(found)} checkpoints verifies, newest "
+            f"{found[-1][1].name}; see `vlbeit verify {run_dir}`. Restore one from a copy, or "
+            "choose a new run_dir to start over."
+        )
+    return None
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that was verified before (by `load_newest`, perhaps in another process).
+
+    Raises:
+        InputError: a file is missing or does not parse, or another version of the code wrote it
+            with a format or a random-number scheme that this one does not know.
+    """
+    manifest = read_json(folder / MANIFEST)
+    for key, known in (("format", FORMAT), ("version", VERSION), ("rng", RNG_SCHEME)):
+        if manifest.get(key) != known:
+            raise InputError(
+                f"{folder / MANIFEST}: {key} is {manifest.get(key)!r}, this version of vlbeit "
+                f"reads {known!r}; use the version that wrote it"
+            )
+    return Checkpoint(
+        folder=folder,
+        step=manifest["step"],
+        state=read_json(folder / "state.json"),
+        config=read_json(folder / "config.json"),
+        manifest=manifest,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        InputError: missing, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise InputError(f"{path}: {path.stat().st_size} bytes, the limit is {MAX_JSON}")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def verify_checkpoint(folder: Path) -> dict[str, Any]:
+    """Compares every file with the manifest, and the manifest with itself; reads all bytes.
+
+    Returns:
+        {"path", "kind": "checkpoint", "ok", "step", "files": [{"name", "ok", "size", "sha256",
+        "found_size", "found_sha256"}], "extra": [names not in the manifest], "problems": [...]}
+    """
+    report: dict[str, Any] = {
+        "path": str(folder),
+        "kind": "checkpoint",
+        "ok": False,
+        "step": None,
+        "files": [],
+        "extra": [],
+        "problems": [],
+    }
+    manifest = _verified_manifest(folder / MANIFEST, report["problems"])
+    if manifest is None:
+        return report
+    report["step"] = manifest["step"]
+    for name, wanted in manifest["files"].items():
+        entry = {"name": name, **wanted, **_found(folder, name)}
+        entry["ok"] = (entry["size"], entry["sha256"]) == (
+            entry["found_size"],
+            entry["found_sha256"],
+        )
+        report["files"].append(entry)
+        if not entry["ok"]:
+            report["problems"].append(
+                f"{name}: expected {entry['size']} bytes, sha256 {entry['sha256']}; found "
+                + (
+                    f"{entry['found_size']} bytes, sha256 {entry['found_sha256']}"
+                    if entry["found_size"] is not None
+                    else entry["error"]
+                )
+            )
+    listed = {MANIFEST, *manifest["files"]}
+    present = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
+    report["extra"] = [name for name in present if name not in listed]
+    report["ok"] = not report["problems"]
+    return report
+
+
+def _verified_manifest(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """The manifest if its bytes are those that were written; else None and a problem."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        problems.append(f"{MANIFEST}: cannot be read ({error.strerror})")
+        return None
+    marks = list(_SELF.finditer(content))
+    if not marks:
+        found = hashlib.sha256(content).hexdigest()
+        problems.append(f"{MANIFEST}: expected its own sha256 at the end; found sha256 {found}")
+        return None
+    begin, end = marks[-1].span(1)
+    wanted = content[begin:end].decode()
+    found = hashlib.sha256(content[:begin] + b"0" * 64 + content[end:]).hexdigest()
+    if wanted != found:
+        problems.append(f"{MANIFEST}: expected sha256 {wanted}; found sha256 {found}")
+        return None
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+        files = manifest["files"].values()
+        if all({"size", "sha256"} <= set(wanted) for wanted in files) and "step" in manifest:
+            return manifest
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    problems.append(f"{MANIFEST}: its digest is right, but it is not a checkpoint's manifest")
+    return None
+
+
+def _found(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    inside = path.resolve().is_relative_to(folder.resolve())
+    if not (inside and (path.is_file() or not path.exists())):
+        # A stranger's manifest may name a device or a file elsewhere.
+        return {"found_size": None, "found_sha256": None, "error": "not a file of this folder"}
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"found_size": os.fstat(file.fileno()).st_size, "found_sha256": found}
+    except OSError as error:
+        return {"found_size": None, "found_sha256": None, "error": error.strerror}
