@@ -1,0 +1,1 @@
+"""Words to subword ids and pictures to visual codes."""
