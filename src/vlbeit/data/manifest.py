@@ -113,7 +113,7 @@ class ManifestBuilder:
 
     def __init__(self) -> None:
         self._members: dict[str, dict[str, Member]] = {}
-        self._lengths: dict[str, list[int]] = {}
+        self._lengths: dict[str, dict[str, list[int] | None]] = {}
         self._bad: list[BadEntry] = []
 
     def add_member(self, key: str, extension: str, offset: int, data: bytes) -> None:
@@ -125,11 +125,12 @@ class ManifestBuilder:
             self._bad.append(BadEntry(name, offset, "duplicate_member", detail))
             return
         members[extension] = Member(extension, offset, len(data), hashlib.sha256(data).digest())
-        if extension in ("json", "txt") and (extension == "json" or key not in self._lengths):
+        if extension in ("json", "txt"):
             try:
-                self._lengths[key] = [len(text) for text in read_captions({extension: data})]
+                lengths = [len(text) for text in read_captions({extension: data})]
             except ValueError:
-                self._lengths.setdefault(key, [])  # the reader names it when it is its turn
+                lengths = None  # the reader names it when it is its turn
+            self._lengths.setdefault(key, {})[extension] = lengths
 
     def add_bad(self, entry: Entry) -> None:
         """Note what the scan could not vouch for."""
@@ -138,6 +139,7 @@ class ManifestBuilder:
     def build(self, size: int, made_by: Literal["writer", "scan"]) -> Manifest:
         """The manifest of a shard of `size` bytes."""
         flat = [member for members in self._members.values() for member in members.values()]
+        lengths = [self._caption_lengths(key) for key in self._members]
         return _from_columns(
             {
                 "size": size,
@@ -149,11 +151,17 @@ class ManifestBuilder:
                 "member_offset": [member.offset for member in flat],
                 "member_size": [member.size for member in flat],
                 "member_sha256": [member.sha256.hex() for member in flat],
-                "captions": [len(self._lengths.get(key, ())) for key in self._members],
-                "caption_lengths": [n for key in self._members for n in self._lengths.get(key, ())],
+                "captions": [len(row) for row in lengths],
+                "caption_lengths": [length for row in lengths for length in row],
                 "bad": [list(entry) for entry in self._bad],
             }
         )
+
+    def _caption_lengths(self, key: str) -> list[int]:
+        """As `read_captions` would find them in the whole record."""
+        found = self._lengths.get(key, {})
+        described = found.get("json", [])
+        return [] if described is None else described or found.get("txt") or []
 
 
 def read_captions(members: Mapping[str, bytes]) -> list[str]:
@@ -235,7 +243,7 @@ def read_manifest(path: Path) -> Manifest:
     start = len(_DIGEST_HEAD)
     expected, rest = raw[start : start + 64], raw[start + 66 :].removesuffix(b"\n")
     found = hashlib.sha256(rest).hexdigest().encode()
-    if not raw.startswith(_DIGEST_HEAD) or found != expected:
+    if raw[:start] + raw[start + 64 : start + 66] != _DIGEST_HEAD + b'",' or found != expected:
         raise InputError(
             f"{path}: damaged manifest: sha256 {found.decode()[:16]}... found, "
             f"{expected.decode('ascii', 'replace')[:16]}... expected; fetch it again, or delete "

@@ -481,20 +481,24 @@ def verify_shards(paths: Iterable[str | Path]) -> dict[str, Any]:
     """Read every record of some shards; a report that can be written as JSON.
 
     Per shard: `listed` entries, `used` (every byte right), `skipped`, and `bad`, one row of
-    member, reason and detail for each skipped one. `ok` is True when nothing was skipped.
+    member, reason and detail for each skipped one. `ok` is True when nothing was skipped. A shard
+    without a manifest is scanned (`indexed_by` says "scan"): then damage inside a member that
+    left the tar structure whole cannot be seen.
     """
     shards: list[dict[str, Any]] = []
     for path in paths:
-        report: dict[str, Any] = {"shard": str(path), "listed": 0, "used": 0, "bad": []}
+        report: dict[str, Any] = {"shard": str(path), "indexed_by": "", "listed": 1, "used": 0}
+        report["bad"] = []
+        shards.append(report)
         try:
             source = RecordSource("verify", [str(path)])
-            report["listed"] = len(source)
         except InputError as error:
-            report["listed"] = 1
             report["bad"].append({"member": "", "reason": "unreadable_shard", "detail": str(error)})
-            source = None
-        for index in range(len(source) if source is not None else 0):
-            assert source is not None
+            report["skipped"] = 1
+            continue
+        report["listed"] = len(source)
+        report["indexed_by"] = open_manifest(str(path)).made_by
+        for index in range(len(source)):
             try:
                 source.read(index)
                 report["used"] += 1
@@ -503,6 +507,5 @@ def verify_shards(paths: Iterable[str | Path]) -> dict[str, Any]:
                     {"member": bad.member, "reason": bad.reason, "detail": bad.detail}
                 )
         report["skipped"] = len(report["bad"])
-        shards.append(report)
     totals = {name: sum(shard[name] for shard in shards) for name in ("listed", "used", "skipped")}
     return {"ok": totals["skipped"] == 0, **totals, "shards": shards}

@@ -107,7 +107,12 @@ def _scan(handle: int, end: int) -> Iterator[Entry]:
         while header is None and _is_zero(handle, at + zeros * BLOCK):
             zeros += 1
         if header is None and at + zeros * BLOCK >= end:
-            break  # the usual end: zero blocks to the end of the file
+            # The usual end: zero blocks to the end of the file. Writers end with two or with none;
+            # a single one was the second, and a block before it is lost.
+            if waiting is not None and not waiting.reason and zeros == 1:
+                detail = "one zero block at the end, there should be two"
+                waiting = waiting._replace(reason="damaged_shard", detail=detail)
+            break
         if zeros >= 2 and _header_at(handle, at + zeros * BLOCK) is not None:
             at += zeros * BLOCK
             continue

@@ -12,7 +12,6 @@ import codecs
 import io
 import math
 import unicodedata
-import warnings
 
 import numpy as np
 from PIL import Image, ImageEnhance, UnidentifiedImageError
@@ -119,9 +118,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns about each damaged EXIF entry
-            return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a picture is worth more than its camera's notes
         return 1
 
