@@ -1,0 +1,249 @@
+"""The drawn world: what a scene can hold, how one is drawn by lot, and how it is painted.
+
+A scene is one or two groups of equal figures on a patterned ground. All attributes of a group
+are uniform and independent of each other, of the other group and of the ground. This is what
+keeps captions from giving a hidden word away: nothing in a text says anything about the rest of
+the text. The layout makes every combination fit, so that no combination has to be refused
+(refusing would make attributes depend on each other again).
+
+Lengths are in units of 1/40 of the picture's side; one unit is one pixel at the default size.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vlbeit.draws import Draws
+
+COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES: Final = ("circle", "square", "triangle", "star", "cross")
+SIZES: Final = ("small", "large")
+TEXTURES: Final = ("plain", "striped", "dotted")
+COUNTS: Final = ("one", "two", "three")
+PLACES: Final = ("left", "right", "top", "bottom", "middle")
+DIRECTIONS: Final = ("left", "right", "above", "below")
+TONES: Final = ("white", "grey", "black", "brown", "pink")
+PATTERNS: Final = ("flat", "lined", "barred", "checked", "shaded")
+
+SIDE: Final = 40
+"""Units along a side of the picture, whatever its size in pixels."""
+SUPERSAMPLE: Final = 4
+TWO_GROUPS: Final = 0.4
+"""Share of scenes with two groups."""
+
+_RGB: Final = {
+    "red": (214, 30, 36),
+    "green": (36, 160, 58),
+    "blue": (34, 76, 224),
+    "yellow": (246, 222, 30),
+    "purple": (138, 40, 176),
+    "orange": (250, 130, 16),
+}
+# The two shades of each tone. Little saturation and far in lightness or hue from every figure.
+_TONE_RGB: Final = {
+    "white": ((250, 250, 250), (206, 210, 214)),
+    "grey": ((148, 150, 152), (104, 106, 110)),
+    "black": ((20, 20, 24), (66, 68, 74)),
+    "brown": ((122, 96, 74), (82, 62, 46)),
+    "pink": ((250, 214, 222), (220, 168, 182)),
+}
+_DIAMETER: Final = {"small": 9.5, "large": 14.0}
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What lies behind the figures."""
+
+    tone: str
+    pattern: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """One to three equal figures at one place.
+
+    `spots` are the centres (x, y) of the figures, x to the right and y downwards, in units.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    texture: str
+    count: str
+    place: str
+    spots: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class World:
+    """All that is true of a picture. Two groups lie at opposite places, in random order."""
+
+    groups: tuple[Group, ...]
+    ground: Ground
+
+
+def draw_world(draws: Draws, wanted: Iterable[tuple[str, str]] = ()) -> World:
+    """A world by lot: `TWO_GROUPS` of them with two groups, everything else uniform.
+
+    `wanted` are values by kind ("colour", "shape", "size", "texture") that one of the groups
+    gets instead of drawn ones.
+    """
+    places: tuple[str, ...] = (draws.choice(PLACES),)
+    if draws.uniform() < TWO_GROUPS:
+        opposite = draws.choice((("left", "right"), ("top", "bottom")))
+        places = opposite if draws.uniform() < 0.5 else opposite[::-1]
+    groups = [
+        _draw_group(draws, place, {} if i else dict(wanted)) for i, place in enumerate(places)
+    ]
+    return World(tuple(groups), Ground(draws.choice(TONES), draws.choice(PATTERNS)))
+
+
+def _draw_group(draws: Draws, place: str, wanted: Mapping[str, str]) -> Group:
+    drawn = {
+        "colour": draws.choice(COLOURS),
+        "shape": draws.choice(SHAPES),
+        "size": draws.choice(SIZES),
+        "texture": draws.choice(TEXTURES),
+        "count": draws.choice(COUNTS),
+        **wanted,
+    }
+    spots = _spots(draws, place, drawn["size"], COUNTS.index(drawn["count"]) + 1)
+    return Group(**drawn, place=place, spots=spots)
+
+
+def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[float, float], ...]:
+    """Centres such that figures do not touch and stay on their half of the picture.
+
+    A group at the left or right stands in a column, at the top or bottom in a row. Three large
+    figures only fit in zigzag: their centres swing by 2.8 units to both sides.
+    """
+    u = draws.uniforms(5).tolist()
+    swing = u[0] - 0.5, u[1] - 0.5
+    if place == "middle":
+        shift = (4 * swing[0], 4 * swing[1]) if count < 3 else (swing[0], swing[1])
+        if count == 3:
+            turn = math.pi / 2 if u[2] < 0.5 else -math.pi / 2
+            angles = [turn + k * 2 * math.pi / 3 for k in range(3)]
+            relative = [(8.6 * math.cos(a), 8.6 * math.sin(a)) for a in angles]
+        else:
+            apart = 8 + u[3] if count == 2 else 0.0
+            relative = [(apart * k, 0.0) for k in ((-1, 1) if count == 2 else (0,))]
+            if u[2] < 0.5:
+                relative = [(y, x) for x, y in relative]
+        return tuple((20 + x + shift[0], 20 + y + shift[1]) for x, y in relative)
+
+    # `along` the column or row, `across` it
+    tight = count == 3 and size == "large"
+    pitch = {1: 0.0, 2: 15 + 3 * u[2], 3: 12.7 if tight else 11.5 + 1.5 * u[2]}[count]
+    zigzag = (2.8 if tight else 1.5 * u[3] if count > 1 else 0.0) * (1 if u[4] < 0.5 else -1)
+    along_shift = (8 * swing[0], 4 * swing[0], 0.4 * swing[0])[count - 1]
+    across_shift = (0.4 if tight else 3.0) * swing[1]
+    near = place in ("left", "top")
+    spots = []
+    for k in range(count):
+        along = 20 + along_shift + pitch * (k - (count - 1) / 2)
+        across = (10 if near else 30) + across_shift + zigzag * (-1) ** k
+        spots.append((across, along) if place in ("left", "right") else (along, across))
+    return tuple(spots)
+
+
+def paint(world: World, size: int = SIDE) -> Image.Image:
+    """The picture, RGB, size x size; drawn at four times the size and averaged down."""
+    canvas = _ground(world.ground, size * SUPERSAMPLE).copy()
+    for group in world.groups:
+        for figure, stencil, corner in _figures(group, size):
+            canvas.paste(figure, corner, stencil)
+    return canvas.reduce(SUPERSAMPLE)
+
+
+def paint_segmentation(world: World, size: int = SIDE) -> Image.Image:
+    """The map of the same picture, mode L: 1 + index in SHAPES where the figures of a group
+    cover at least half of a pixel, else 0."""
+    painted = Image.new("L", (size, size))
+    for group in world.groups:
+        canvas = Image.new("L", (size * SUPERSAMPLE, size * SUPERSAMPLE))
+        for _, stencil, corner in _figures(group, size):
+            canvas.paste(255, corner, stencil)
+        covered = canvas.reduce(SUPERSAMPLE).point([0] * 128 + [255] * 128)
+        painted.paste(1 + SHAPES.index(group.shape), (0, 0), covered)
+    return painted
+
+
+def _figures(group: Group, size: int) -> Iterator[tuple[Image.Image, Image.Image, tuple[int, int]]]:
+    """Colours, stencil and upper left corner of each figure, at the full resolution."""
+    scale = size * SUPERSAMPLE / SIDE
+    figure, stencil = _figure(group.shape, group.colour, group.texture, group.size, scale)
+    for x, y in group.spots:
+        half = stencil.width // 2
+        yield figure, stencil, (round(x * scale) - half, round(y * scale) - half)
+
+
+@lru_cache(maxsize=256)
+def _ground(ground: Ground, side: int) -> Image.Image:
+    """The empty ground. Every pattern repeats after 8 units or less, or changes with the height
+    only, so that a hidden patch follows from the patches around it."""
+    light, dark = (np.array(rgb, dtype=np.float64) for rgb in _TONE_RGB[ground.tone])
+    steps = (np.arange(side) + 0.5) * SIDE / side
+    x, y = steps[None, :], steps[:, None]
+    patterns: dict[str, Callable[[], np.ndarray]] = {
+        "flat": lambda: np.zeros((side, side)),
+        "lined": lambda: (y % 4 >= 2) + 0.0 * x,
+        "barred": lambda: (x % 4 >= 2) + 0.0 * y,
+        "checked": lambda: (((x // 4) + (y // 4)) % 2) * 1.0,
+        "shaded": lambda: y / SIDE + 0.0 * x,
+    }
+    share = patterns[ground.pattern]()[..., None]
+    return Image.fromarray(np.rint(light + (dark - light) * share).astype(np.uint8))
+
+
+@lru_cache(maxsize=4096)
+def _figure(
+    shape: str, colour: str, texture: str, size: str, scale: float
+) -> tuple[Image.Image, Image.Image]:
+    """One figure at full resolution: its colours (RGB) and its stencil (L, 0 or 255).
+
+    Stripes are lighter and dots darker than the figure, so the two differ at any size. Shapes of
+    one size have about the same area; no shape is wider than its diameter by more than 12 %.
+    """
+    radius = _DIAMETER[size] / 2 * scale
+    half = math.ceil(radius * 1.15) + 1
+    side = 2 * half
+    stencil = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(stencil)
+    if shape == "circle":
+        pen.ellipse(_box(half, radius), fill=255)
+    elif shape == "square":
+        pen.rectangle(_box(half, radius * 0.88), fill=255)
+    elif shape == "triangle":
+        points = [(-1.03, 0.9), (1.03, 0.9), (0.0, -1.0)]
+        pen.polygon([(half + radius * x, half + radius * y) for x, y in points], fill=255)
+    elif shape == "star":
+        tips = []
+        for k in range(10):
+            reach = radius * (1.12 if k % 2 == 0 else 0.46)
+            angle = -math.pi / 2 + k * math.pi / 5
+            tips.append((half + reach * math.cos(angle), half + reach * math.sin(angle)))
+        pen.polygon(tips, fill=255)
+    else:
+        arm = radius * 0.34
+        pen.rectangle((half - radius, half - arm, half + radius - 1, half + arm - 1), fill=255)
+        pen.rectangle((half - arm, half - radius, half + arm - 1, half + radius - 1), fill=255)
+
+    rgb = np.array(_RGB[colour], dtype=np.float64)
+    figure = np.broadcast_to(rgb, (side, side, 3)).copy()
+    offsets = (np.arange(side) + 0.5 - half) / scale
+    if texture == "striped":
+        figure[np.abs((offsets + 0.8) % 3.2) < 1.6] = rgb + (255 - rgb) * 0.55
+    elif texture == "dotted":
+        near = np.abs(offsets % 4.0 - 2.0)
+        figure[near[:, None] ** 2 + near[None, :] ** 2 < 1.15**2] = rgb * 0.3
+    return Image.fromarray(np.rint(figure).astype(np.uint8)), stencil
+
+
+def _box(half: int, radius: float) -> tuple[float, float, float, float]:
+    return (half - radius, half - radius, half + radius - 1, half + radius - 1)
