@@ -216,8 +216,8 @@ def source_weights(records: Mapping[str, int], shares: Mapping[str, float]) -> d
     if rest <= 0:
         raise ConfigError(
             f"input.weights gives {sum(named.values()):g} of the stream to {', '.join(named)}, "
-            f"which leaves nothing for {', '.join(others)}; lower the shares to a sum below 1, or name "
-            "all sources"
+            f"which leaves nothing for {', '.join(others)}; lower the shares to a sum "
+            "below 1, or name all sources"
         )
     total = sum(others.values())
     return {

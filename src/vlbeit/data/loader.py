@@ -1,0 +1,463 @@
+"""From cursors to the micro-batches of a step.
+
+The visits of a global step follow from the cursors alone. Each rank takes its slice of them, cuts
+it into micro-batches and makes these in the background: in a thread, one step ahead, or in
+`workers` processes. What comes out does not depend on which.
+"""
+
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from vlbeit.config import PretrainConfig
+from vlbeit.data.collate import Stacked, as_batch, stack
+from vlbeit.data.order import StreamOrder, Visit, source_weights
+from vlbeit.data.records import BadSample, RecordSource, cache_folder
+from vlbeit.data.streams import ImageStream, PairStream, PictureSettings, SampleStream, TextStream
+from vlbeit.data.textpack import pack_text
+from vlbeit.data.workers import Background, ProcessBackground, ThreadBackground
+from vlbeit.errors import ConfigError, DataBudgetError, InputError
+from vlbeit.tokens.text import TextTokenizer
+from vlbeit.types import STREAMS, Batch, Stream
+
+Cursors = dict[str, dict[str, int]]
+"""Visits had, by stream and source: all the state of the data order. Plain JSON."""
+
+PROBED = 64
+"""Visits of a source that may all be bad before it counts as unusable."""
+JUDGED_FROM = 200
+"""Visits of a source before its share of bad samples is judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """What a step visits: a pure function of the cursors, the rank and the world size."""
+
+    step: int
+    micro_batches: list[tuple[Stream, list[Visit]]]
+    """Those of this rank, in the order of training."""
+    ledger: dict[str, dict[str, list[str]]]
+    """Sample ids of the GLOBAL step by stream and source, in order; the same on every rank."""
+    visits: dict[str, dict[str, int]]
+    """How many of them, by stream and source."""
+    cursors: Cursors
+    """The cursors after the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepData:
+    """A step's input for this rank."""
+
+    step: int
+    batches: dict[Stream, list[Batch]]
+    """Micro-batches by stream. Bad samples are missing from them, and a micro-batch without a
+    good one is left out: the lists of two ranks may differ in length, or be empty."""
+    ledger: dict[str, dict[str, list[str]]]
+    visits: dict[str, dict[str, int]]
+    skips: list[dict[str, Any]]
+    """Samples that THIS rank could not make: step, stream, source, sample_id, shard, member,
+    reason, detail (rows of skips.jsonl)."""
+    cursors: Cursors
+    """The cursors after the step: what its checkpoint holds."""
+    waited: float
+    """Seconds the caller waited for it."""
+
+
+class StepLoader:
+    """The input of every step for one rank.
+
+    >>> with build_loader(config, sources, tokenizer, rank=0, world=1) as loader:
+    ...     for data in loader.steps(cursors, first=step + 1, last=config.max_steps):
+    ...         train(data.batches)
+
+    Not for two threads at once: with `workers=0` a background thread reads the sources while
+    `steps` is running.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[SampleStream],
+        counts: Mapping[Stream, int],
+        *,
+        micro: int,
+        window: int,
+        weights: Mapping[str, float] | None = None,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        timeout: float = 60.0,
+    ) -> None:
+        """
+        Args:
+            streams: one for each stream whose count is not 0.
+            counts: samples of each stream in a step, over all ranks.
+            micro: most samples of a micro-batch.
+            window: records shuffled together.
+            weights: share of a source in its stream, by name (order.source_weights).
+            rank, world: which slice to make.
+            workers: processes; 0 makes the samples in a thread of this one.
+            timeout: seconds without a batch before a loader counts as lost.
+
+        Raises:
+            ConfigError: a weight names no source, or numbers are out of range.
+            InputError: a stream has no source, or a source no record.
+        """
+        if micro < 1 or world < 1 or not 0 <= rank < world or workers < 0 or not timeout > 0:
+            raise ConfigError(
+                f"batch.micro {micro}, rank {rank} of {world}, input.workers {workers}, "
+                f"input.loader_timeout {timeout}: out of range"
+            )
+        self._streams = {stream.stream: stream for stream in streams}
+        self._counts = {name: counts.get(name, 0) for name in STREAMS}
+        known = {source for stream in streams for source in stream.records}
+        for name in weights or {}:
+            if name not in known:
+                raise ConfigError(
+                    f"input.weights names the source {name!r}; the data has "
+                    f"{', '.join(sorted(known)) or 'none'}"
+                )
+        self._orders: dict[Stream, StreamOrder] = {}
+        for name, count in self._counts.items():
+            if count == 0:
+                continue
+            if name not in self._streams or not self._streams[name].records:
+                raise InputError(
+                    f"the batch asks for {count} of the {name} stream, but no source in --data "
+                    f"feeds it; prepare one, or set batch.{name}s to 0"
+                )
+            stream = self._streams[name]
+            # Like lengths matter within a micro-batch, so this is what is bucketed.
+            orders = stream.orders(window, min(micro, count))
+            shares = source_weights(stream.records, weights or {})
+            self._orders[name] = StreamOrder(orders, shares)
+        self._micro, self._rank, self._world = micro, rank, world
+        self._workers, self._timeout = workers, timeout
+        self._background: Background[_Part] | None = None
+
+    def start_cursors(self) -> Cursors:
+        """The cursors of a new run."""
+        return {name: order.start() for name, order in self._orders.items()}
+
+    def plan(self, step: int, cursors: Mapping[str, Mapping[str, int]]) -> StepPlan:
+        """What the step that begins at `cursors` visits."""
+        if set(cursors) != set(self._orders):
+            raise InputError(
+                f"the checkpoint's streams are {', '.join(cursors) or 'none'}, this run's are "
+                f"{', '.join(self._orders)}; resume with the same batch counts"
+            )
+        ledger: dict[str, dict[str, list[str]]] = {}
+        counted: dict[str, dict[str, int]] = {}
+        after: Cursors = {}
+        micro_batches: list[tuple[Stream, list[Visit]]] = []
+        for name, order in self._orders.items():
+            visits, after[name] = order.take(cursors[name], self._counts[name])
+            ledger[name] = {source: [] for source in order.orders}
+            for visit in visits:
+                ledger[name][visit.source].append(visit.sample_id)
+            counted[name] = {source: len(ids) for source, ids in ledger[name].items()}
+            lengths = self._streams[name].lengths(visits)
+            if lengths is not None:
+                visits = [visits[i] for i in lengths.argsort(kind="stable").tolist()]
+            start = len(visits) * self._rank // self._world
+            stop = len(visits) * (self._rank + 1) // self._world
+            for first in range(start, stop, self._micro):
+                micro_batches.append((name, visits[first : min(first + self._micro, stop)]))
+        return StepPlan(
+            step=step, micro_batches=micro_batches, ledger=ledger, visits=counted, cursors=after
+        )
+
+    def check_sources(self, cursors: Mapping[str, Mapping[str, int]]) -> None:
+        """Make sure at the start that every source can give a sample at all.
+
+        Raises:
+            DataBudgetError: the next 64 visits of a source (all records, if it has fewer) are
+                all bad; names the source and the reasons.
+        """
+        for name, order in self._orders.items():
+            for source, source_order in order.orders.items():
+                count = min(PROBED, len(source_order))
+                reasons: dict[str, int] = {}
+                for visit in source_order.visits(cursors[name][source], count):
+                    try:
+                        self._streams[name].sample(visit)
+                        break
+                    except BadSample as bad:
+                        reasons[bad.reason] = reasons.get(bad.reason, 0) + 1
+                        example = str(bad)
+                else:
+                    raise DataBudgetError(
+                        f"no usable sample in source {source} of the {name} stream: all of "
+                        f"{count} tried are bad ({_most_frequent(reasons)}), for example "
+                        f"{example}; check it with `vlbeit verify`"
+                    )
+
+    def steps(
+        self, cursors: Mapping[str, Mapping[str, int]], first: int, last: int
+    ) -> Iterator[StepData]:
+        """The input of the steps first..last; `cursors` are those before step `first`.
+
+        Raises:
+            LostWorkerError: a loader died or stopped answering.
+        """
+        self.close()
+        workers = max(self._workers, 1)
+        produce = functools.partial(
+            self._parts, {k: dict(v) for k, v in cursors.items()}, first, last, workers
+        )
+        if self._workers == 0:
+            self._background = ThreadBackground(produce, self._timeout)
+        else:
+            self._background = ProcessBackground(produce, workers, self._timeout)
+        try:
+            tasks = 0
+            started = time.perf_counter()
+            for parts in self._background.rounds():
+                plan = parts[0].plan
+                assert plan is not None
+                queues = [iter(part.made) for part in parts]
+                batches: dict[Stream, list[Batch]] = {name: [] for name in self._orders}
+                skips: list[dict[str, Any]] = []
+                for name, _ in plan.micro_batches:
+                    made = next(queues[tasks % workers])
+                    tasks += 1
+                    if made.stacked is not None:
+                        batches[name].append(as_batch(made.stacked))
+                    skips += [{"step": plan.step, **skip} for skip in made.skips]
+                yield StepData(
+                    step=plan.step,
+                    batches=batches,
+                    ledger=plan.ledger,
+                    visits=plan.visits,
+                    skips=skips,
+                    cursors=plan.cursors,
+                    waited=time.perf_counter() - started,
+                )
+                started = time.perf_counter()
+        finally:
+            self.close()
+
+    def _parts(
+        self, cursors: Cursors, first: int, last: int, workers: int, number: int
+    ) -> "Iterator[_Part]":
+        """What worker `number` makes: of all micro-batches, counted through, every n-th."""
+        tasks = 0
+        for step in range(first, last + 1):
+            plan = self.plan(step, cursors)
+            cursors = plan.cursors
+            mine = [
+                task
+                for place, task in enumerate(plan.micro_batches, tasks)
+                if place % workers == number
+            ]
+            tasks += len(plan.micro_batches)
+            yield _Part(plan if number == 0 else None, [self._make(*task) for task in mine])
+
+    def _make(self, name: Stream, visits: Sequence[Visit]) -> "_Made":
+        samples, skips = [], []
+        for visit in visits:
+            try:
+                samples.append(self._streams[name].sample(visit))
+            except BadSample as bad:
+                skips.append(
+                    {
+                        "stream": name,
+                        "source": visit.source,
+                        "sample_id": visit.sample_id,
+                        "shard": bad.shard,
+                        "member": bad.member,
+                        "reason": bad.reason,
+                        "detail": bad.detail,
+                    }
+                )
+        return _Made(stack(name, samples) if samples else None, skips)
+
+    def close(self) -> None:
+        """End the background thread or the worker processes."""
+        if self._background is not None:
+            self._background.close()
+            self._background = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Made(NamedTuple):
+    """A micro-batch as a worker hands it over."""
+
+    stacked: Stacked | None
+    """None: every sample was bad."""
+    skips: list[dict[str, Any]]
+
+
+class _Part(NamedTuple):
+    """One worker's part of a step."""
+
+    plan: StepPlan | None
+    """From the first worker only: the plans of all are the same."""
+    made: list[_Made]
+
+
+class SkipBudget:
+    """Counts visits and bad samples of every source over the whole run.
+
+    The counts are part of the checkpoint's state, so a resumed run counts nothing twice. Every
+    rank must be given the same global rows; then all ranks stop in the same step.
+    """
+
+    def __init__(self, limit: float, state: Mapping[str, Any] | None = None) -> None:
+        """
+        Args:
+            limit: `input.skip_budget`.
+            state: what `state()` gave.
+        """
+        self._limit = limit
+        self._visits: dict[str, int] = dict((state or {}).get("visits", {}))
+        self._reasons: dict[str, dict[str, int]] = {
+            key: dict(reasons) for key, reasons in (state or {}).get("reasons", {}).items()
+        }
+
+    def add(
+        self,
+        visits: Mapping[str, Mapping[str, int]],
+        skips: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Count a step: `StepData.visits`, and the skips of ALL ranks."""
+        for stream, sources in visits.items():
+            for source, count in sources.items():
+                key = f"{stream}/{source}"
+                self._visits[key] = self._visits.get(key, 0) + count
+        for skip in skips:
+            reasons = self._reasons.setdefault(f"{skip['stream']}/{skip['source']}", {})
+            reasons[skip["reason"]] = reasons.get(skip["reason"], 0) + 1
+
+    @property
+    def skipped(self) -> int:
+        """Bad samples so far."""
+        return sum(sum(reasons.values()) for reasons in self._reasons.values())
+
+    def check(self) -> None:
+        """Stop a run whose data is worse than allowed.
+
+        After 200 visits of a source its bad samples must not exceed the budget by more than
+        three standard errors, so that a cluster of them in a good source does not stop a run. A
+        budget of 0 stops at the first.
+
+        Raises:
+            DataBudgetError: names source, share, budget and the most frequent reasons.
+        """
+        for key, reasons in self._reasons.items():
+            seen, bad = self._visits.get(key, 0), sum(reasons.values())
+            allowed = self._limit * seen
+            judged = seen >= JUDGED_FROM or self._limit == 0
+            if judged and bad > allowed + 3 * allowed**0.5:
+                raise DataBudgetError(
+                    f"source {key}: {bad} of {seen} samples were bad ({_most_frequent(reasons)}), "
+                    f"a share of {bad / seen:.2%}; input.skip_budget allows {self._limit:.2%}. "
+                    "skips.jsonl names each; repair the source or raise the budget"
+                )
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint; plain JSON."""
+        return {
+            "visits": dict(self._visits),
+            "reasons": {key: dict(reasons) for key, reasons in self._reasons.items()},
+        }
+
+
+def _most_frequent(reasons: Mapping[str, int]) -> str:
+    top = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))[:5]
+    return ", ".join(f"{count} x {reason}" for reason, count in top)
+
+
+def build_streams(
+    config: PretrainConfig,
+    sources: Mapping[Stream, Sequence[RecordSource]],
+    tokenizer: TextTokenizer,
+    *,
+    cache: Path | None = None,
+) -> list[SampleStream]:
+    """The streams of a run, those with a batch count of 0 left out.
+
+    Args:
+        sources: of each stream (`dataset.open_sources`).
+        cache: where packed text is kept; None: `records.cache_folder()`.
+
+    Raises:
+        DataBudgetError, InputError, SaveError: see `pack_text`.
+    """
+    model, given, masking = config.model, config.input, config.masking
+    seed = config.seed
+    streams: list[SampleStream] = []
+
+    def depth(views: int) -> tuple[int, int] | None:
+        return (views, 2 * model.layers) if model.drop_path > 0 else None
+
+    if config.batch.images > 0:
+        pictures = PictureSettings(
+            image_size=model.image_size, patch=model.patch, crop=given.images, masking=masking
+        )
+        streams.append(
+            ImageStream(
+                sources.get("image", ()), seed=seed, pictures=pictures, depth_shape=depth(1)
+            )
+        )
+    if config.batch.texts > 0:
+        packed = [
+            pack_text(source, tokenizer, cache or cache_folder(), skip_budget=given.skip_budget)
+            for source in sources.get("text", ())
+        ]
+        streams.append(
+            TextStream(
+                packed,
+                tokenizer,
+                seed=seed,
+                text_length=given.text_length,
+                masking=masking,
+                depth_shape=depth(1),
+            )
+        )
+    if config.batch.pairs > 0:
+        pictures = PictureSettings(
+            image_size=model.image_size, patch=model.patch, crop=given.pairs, masking=masking
+        )
+        streams.append(
+            PairStream(
+                sources.get("pair", ()),
+                tokenizer,
+                seed=seed,
+                pictures=pictures,
+                text_length=given.pair_text_length,
+                depth_shape=depth(2 if config.objective.mvlm == "two_views" else 1),
+            )
+        )
+    return streams
+
+
+def build_loader(
+    config: PretrainConfig, streams: Sequence[SampleStream], *, rank: int = 0, world: int = 1
+) -> StepLoader:
+    """The loader of one rank."""
+    batch, given = config.batch, config.input
+    return StepLoader(
+        streams,
+        {"image": batch.images, "text": batch.texts, "pair": batch.pairs},
+        micro=batch.micro,
+        window=given.shuffle_window,
+        weights=given.weights,
+        rank=rank,
+        world=world,
+        workers=given.workers,
+        timeout=given.loader_timeout,
+    )

@@ -1,0 +1,311 @@
+"""The three streams: a visit becomes one masked sample, by numpy and Pillow alone.
+
+A sample is a pure function of (seed, stream, source, epoch, index): crop, flip, caption, masks and
+dropped paths are drawn from streams keyed by these, so it does not matter which rank or worker
+makes it, nor what was made before.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vlbeit.config import CropConfig, MaskingConfig
+from vlbeit.data.order import SourceOrder, Visit
+from vlbeit.data.records import BadSample, RecordSource
+from vlbeit.data.textpack import PackedText
+from vlbeit.data.transforms import BadImage, BadText, augment, clean_text, decode_image
+from vlbeit.draws import Draws
+from vlbeit.errors import ConfigError
+from vlbeit.masking import block_masked, replace_words, word_masked
+from vlbeit.tokens.text import SPECIALS, TextTokenizer
+from vlbeit.types import Stream
+
+_CHUNKS_A_SHARD = 256
+"""Neighbouring chunks of packed text that the order treats as one shard (about 50k tokens)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One masked sample; the arrays are those of `types.Batch` without the batch dimension."""
+
+    visit: Visit
+    pixels: np.ndarray | None = None
+    patch_masked: np.ndarray | None = None
+    words: np.ndarray | None = None
+    words_given: np.ndarray | None = None
+    word_masked: np.ndarray | None = None
+    depth_draws: np.ndarray | None = None
+
+
+class SampleStream(Protocol):
+    """What the loader asks of a stream."""
+
+    stream: Stream
+    records: dict[str, int]
+    """What one epoch of each source counts: records, or chunks of text."""
+
+    def sample(self, visit: Visit) -> Sample:
+        """The sample of a visit.
+
+        Raises:
+            BadSample: it cannot be made; shard, member and reason say why.
+        """
+
+    def lengths(self, visits: Sequence[Visit]) -> np.ndarray | None:
+        """(n,) lengths by which a step is sorted before it is cut; None: not sorted."""
+
+    def orders(self, window: int, bucket: int) -> list[SourceOrder]:
+        """The order of each source; `bucket` visits have like lengths."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureSettings:
+    """How a record's picture becomes pixels and hidden patches."""
+
+    image_size: tuple[int, int]
+    patch: int
+    crop: CropConfig
+    masking: MaskingConfig
+
+    def __post_init__(self) -> None:
+        if self.image_size[0] % self.patch or self.image_size[1] % self.patch:
+            raise ConfigError(
+                f"model.image_size {self.image_size} is not a multiple of model.patch {self.patch}"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+    def masked(self, draws: Draws) -> np.ndarray:
+        """(P,) bool."""
+        rows, cols = self.grid
+        count = round(self.masking.image * rows * cols)
+        return block_masked(
+            draws, self.grid, count, self.masking.min_block, self.masking.max_aspect
+        )
+
+    def pixels(self, data: bytes, draws: Draws) -> np.ndarray:
+        """(3, height, width) uint8."""
+        return augment(decode_image(data), draws, self.image_size, self.crop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordSettings:
+    """How token ids become a masked text."""
+
+    vocab_size: int
+    rate: float
+    masking: MaskingConfig
+
+    def masked(self, words: np.ndarray, draws: Draws) -> tuple[np.ndarray, np.ndarray]:
+        """words_given and word_masked of (W,) ids; special tokens are left alone."""
+        low = len(SPECIALS)
+        masked = word_masked(draws, words >= low, self.rate)
+        given = replace_words(
+            draws,
+            words,
+            masked,
+            TextTokenizer.mask,
+            low,
+            self.vocab_size,
+            self.masking.to_mask,
+            self.masking.to_random,
+        )
+        return given, masked
+
+
+def depth_draws(
+    seed: int, stream: str, visit: Visit, shape: tuple[int, int] | None
+) -> np.ndarray | None:
+    """(views, 2 * layers) float32 in [0, 1), which decide about dropped paths; None: no shape.
+
+    24 bits each, so that float32 holds them exactly and 1 is never reached.
+    """
+    if shape is None:
+        return None
+    raw = Draws(seed, "depth", stream, *visit).raw(shape[0] * shape[1])
+    return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
+
+
+class ImageStream:
+    """Single images for MIM."""
+
+    stream: Stream = "image"
+
+    def __init__(
+        self,
+        sources: Sequence[RecordSource],
+        *,
+        seed: int,
+        pictures: PictureSettings,
+        depth_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self._sources = {source.name: source for source in sources}
+        self.records = {source.name: len(source) for source in sources}
+        self._seed = seed
+        self._pictures = pictures
+        self._depth_shape = depth_shape
+
+    def sample(self, visit: Visit) -> Sample:
+        record = self._sources[visit.source].read(visit.index)
+        try:
+            draws = Draws(self._seed, "crop", self.stream, *visit)
+            pixels = self._pictures.pixels(record.image(), draws)
+        except BadImage as bad:
+            raise BadSample(record.shard, record.key, bad.reason, bad.detail) from None
+        return Sample(
+            visit=visit,
+            pixels=pixels,
+            patch_masked=self._pictures.masked(Draws(self._seed, "mask", self.stream, *visit)),
+            depth_draws=depth_draws(self._seed, self.stream, visit, self._depth_shape),
+        )
+
+    def lengths(self, visits: Sequence[Visit]) -> np.ndarray | None:
+        return None
+
+    def orders(self, window: int, bucket: int) -> list[SourceOrder]:
+        return [SourceOrder(s.name, s.sizes, self._seed, window) for s in self._sources.values()]
+
+
+class PairStream:
+    """Image-text pairs for MVLM. Words and patches are both masked; the objective picks."""
+
+    stream: Stream = "pair"
+
+    def __init__(
+        self,
+        sources: Sequence[RecordSource],
+        tokenizer: TextTokenizer,
+        *,
+        seed: int,
+        pictures: PictureSettings,
+        text_length: int,
+        depth_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self._sources = {source.name: source for source in sources}
+        self.records = {source.name: len(source) for source in sources}
+        self._tokenizer = tokenizer
+        self._seed = seed
+        self._pictures = pictures
+        self._text_length = text_length
+        masking = pictures.masking
+        self._words = WordSettings(
+            vocab_size=tokenizer.size, rate=masking.pair_text, masking=masking
+        )
+        self._depth_shape = depth_shape
+
+    def sample(self, visit: Visit) -> Sample:
+        record = self._sources[visit.source].read(visit.index)
+        captions = record.captions()
+        number = self._caption(visit, len(captions))
+        try:
+            words = self._encode(clean_text(captions[number]))
+            draws = Draws(self._seed, "crop", self.stream, *visit)
+            pixels = self._pictures.pixels(record.image(), draws)
+        except BadText as bad:
+            member = f"{record.key} (caption {number + 1} of {len(captions)})"
+            raise BadSample(record.shard, member, bad.reason, bad.detail) from None
+        except BadImage as bad:
+            raise BadSample(record.shard, record.key, bad.reason, bad.detail) from None
+        draws = Draws(self._seed, "mask", self.stream, *visit)
+        patch_masked = self._pictures.masked(draws)
+        words_given, words_masked = self._words.masked(words, draws)
+        return Sample(
+            visit=visit,
+            pixels=pixels,
+            patch_masked=patch_masked,
+            words=words,
+            words_given=words_given,
+            word_masked=words_masked,
+            depth_draws=depth_draws(self._seed, self.stream, visit, self._depth_shape),
+        )
+
+    def _caption(self, visit: Visit, captions: int) -> int:
+        """Which caption a visit shows; order and sample must agree, so both ask here."""
+        if captions <= 1:
+            return 0
+        return Draws(self._seed, "caption", *visit).integer(0, captions)
+
+    def _encode(self, text: str) -> np.ndarray:
+        """[T_CLS] text [T_SEP], cut to the longest allowed."""
+        ids = self._tokenizer.encode(text)[: self._text_length - 2]
+        if len(ids) == 0:
+            raise BadText("empty_text", "no token is left after tokenizing")
+        words = np.empty(len(ids) + 2, dtype=np.int32)
+        words[0], words[1:-1], words[-1] = TextTokenizer.cls, ids, TextTokenizer.sep
+        return words
+
+    def lengths(self, visits: Sequence[Visit]) -> np.ndarray:
+        found = np.zeros(len(visits), dtype=np.int64)
+        for place, visit in enumerate(visits):
+            captions = self._sources[visit.source].text_lengths(visit.index)
+            if len(captions) > 0:
+                found[place] = captions[self._caption(visit, len(captions))]
+        return found
+
+    def orders(self, window: int, bucket: int) -> list[SourceOrder]:
+        return [
+            SourceOrder(
+                name,
+                source.sizes,
+                self._seed,
+                window,
+                lengths=functools.partial(self._record_lengths, name),
+                bucket=bucket,
+            )
+            for name, source in self._sources.items()
+        ]
+
+    def _record_lengths(self, source: str, epoch: int, records: np.ndarray) -> np.ndarray:
+        return self.lengths([Visit(source, epoch, index) for index in records.tolist()])
+
+
+class TextStream:
+    """Full-length chunks of text for MLM."""
+
+    stream: Stream = "text"
+
+    def __init__(
+        self,
+        packed: Sequence[PackedText],
+        tokenizer: TextTokenizer,
+        *,
+        seed: int,
+        text_length: int,
+        masking: MaskingConfig,
+        depth_shape: tuple[int, int] | None = None,
+    ) -> None:
+        self._packed = {text.name: text for text in packed}
+        self.records = {text.name: text.chunks(text_length) for text in packed}
+        self._seed = seed
+        self._text_length = text_length
+        self._words = WordSettings(vocab_size=tokenizer.size, rate=masking.text, masking=masking)
+        self._depth_shape = depth_shape
+
+    def sample(self, visit: Visit) -> Sample:
+        text = self._packed[visit.source]
+        words = text.chunk(visit.index, visit.epoch, self._text_length, self._seed)
+        given, masked = self._words.masked(words, Draws(self._seed, "mask", self.stream, *visit))
+        return Sample(
+            visit=visit,
+            words=words,
+            words_given=given,
+            word_masked=masked,
+            depth_draws=depth_draws(self._seed, self.stream, visit, self._depth_shape),
+        )
+
+    def lengths(self, visits: Sequence[Visit]) -> np.ndarray | None:
+        return None
+
+    def orders(self, window: int, bucket: int) -> list[SourceOrder]:
+        orders = []
+        for name, chunks in self.records.items():
+            sizes = [_CHUNKS_A_SHARD] * (chunks // _CHUNKS_A_SHARD)
+            rest = chunks % _CHUNKS_A_SHARD
+            orders.append(SourceOrder(name, sizes + [rest] * (rest > 0), self._seed, window))
+        return orders
