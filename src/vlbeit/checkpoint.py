@@ -46,6 +46,9 @@ MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
 VISUAL_TOKENIZER = "visual"
 
+SMALL_FILES = 64 << 10
+"""Bytes allowed for headers, JSON files and the unused ends of disk blocks."""
+
 MAX_JSON = 256 << 20
 """Bytes of a JSON file that is read into memory."""
 
@@ -156,10 +159,12 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     folder = root / checkpoint_name(step)
     temporary = root / (_TEMPORARY + folder.name)
-    needed = tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors)
+    tokenizers = _tokenizer_files(text_tokenizer, visual_tokenizer)
+    needed = tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors) + SMALL_FILES
     with _translated(folder, needed):
         _fault("before_temp")
         root.mkdir(parents=True, exist_ok=True)
+        needed += sum(source.stat().st_size for source in tokenizers.values())
         free = free_bytes(root)
         if free < needed:
             raise SaveError(_no_room(folder, needed, free))
@@ -176,7 +181,7 @@ def save_checkpoint(
                 "preprocessor.json": preprocessor,
             }.items():
                 files[name] = _write(temporary / name, _json_bytes(content))
-            for name, source in _tokenizer_files(text_tokenizer, visual_tokenizer).items():
+            for name, source in tokenizers.items():
                 files[name] = _write(temporary / name, source.read_bytes())
             _fault("before_fsync")
             for name in files:
