@@ -167,7 +167,8 @@ class ManifestBuilder:
 def read_captions(members: Mapping[str, bytes]) -> list[str]:
     """The captions of a record as they were stored, not yet cleaned.
 
-    From `json`: the list "captions", else the string "caption"; else `txt`, which is one caption.
+    From `json`: the list "captions", else the string "caption"; where there is none, `txt`, which
+    is one caption.
     No caption at all gives an empty list.
 
     Raises:
@@ -181,9 +182,10 @@ def read_captions(members: Mapping[str, bytes]) -> list[str]:
         if isinstance(fields, dict):
             found = fields.get("captions", fields.get("caption"))
             found = [found] if isinstance(found, str) else found
-            if found is not None:
-                if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
-                    raise ValueError("captions are not a list of strings")
+            found = [] if found is None else found
+            if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+                raise ValueError("captions are not a list of strings")
+            if found:
                 return found
     if "txt" in members:
         return [members["txt"].decode("utf-8", "replace")]

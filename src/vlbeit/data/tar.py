@@ -24,6 +24,9 @@ MAX_EXTENDED_HEADER = 64 * 1024
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 _DEVICES = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+_NAMING = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+"""Headers that hold the name of the member behind them."""
+_EXTENDED = (*_NAMING, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=")
 
 
@@ -136,20 +139,13 @@ def _scan(handle: int, end: int) -> Iterator[Entry]:
         if waiting is not None:
             yield waiting
             waiting = None
-        if info.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE) or (
-            info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-        ):
-            if info.size > MAX_EXTENDED_HEADER:
-                yield Entry(
-                    _shown(info.name),
-                    data,
-                    info.size,
-                    "unsafe_name",
-                    f"extended header of {info.size} bytes; the limit is {MAX_EXTENDED_HEADER}",
-                )
+        if info.type in _EXTENDED:
+            if info.type in _NAMING and info.size > MAX_EXTENDED_HEADER:
+                # Read so much of it that the member behind it is refused for its name.
+                long_name = _text(os.pread(handle, MAX_NAME + 1, data))
             elif info.type == tarfile.GNUTYPE_LONGNAME:
                 long_name = _text(os.pread(handle, info.size, data).rstrip(b"\0"))
-            elif info.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            elif info.type in _NAMING:
                 long_name, long_size = _pax(os.pread(handle, info.size, data), long_name)
             at = data + info.size + padding(info.size)
             continue
