@@ -225,6 +225,10 @@ class LogConfig:
     """Steps between two rows of metrics.jsonl."""
     print_every: int = 20
     """Steps between two lines on the terminal."""
+    eval_every: int = 5_000
+    """Steps between two evaluations on held-out samples (rows of eval.jsonl); 0: none."""
+    eval_samples: int = 256
+    """Held-out samples of each stream in such an evaluation."""
     ledger: Literal["full", "digest"] = "full"
     """Whether ledger.jsonl holds every sample id of a step or one sha256 of them per source."""
     tensorboard: bool = False

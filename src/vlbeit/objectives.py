@@ -159,4 +159,20 @@ def score_batch(model: VLBeit, batch: Batch, config: ObjectiveConfig) -> dict[st
     }
 
 
+def count_targets(batch: Batch, config: ObjectiveConfig) -> dict[str, int]:
+    """Positions that `score_batch` will predict, by objective; known before any forward pass."""
+    words = 0 if batch.word_masked is None else batch.word_masked.sum(dim=1)
+    patches = 0 if batch.patch_masked is None else batch.patch_masked.sum(dim=1)
+    if batch.stream == "text":
+        return {"mlm": int(torch.as_tensor(words).sum())} if config.mlm else {}
+    if batch.stream == "image":
+        return {"mim": int(torch.as_tensor(patches).sum())} if config.mim else {}
+    sums = {"mvlm_text": torch.as_tensor(words), "mvlm_image": torch.as_tensor(patches)}
+    if config.mvlm == "half":
+        for name, per_sample in sums.items():
+            here = [half_view(sample_id) == name for sample_id in batch.sample_ids]
+            sums[name] = per_sample[torch.tensor(here, device=per_sample.device)]
+    return {name: int(s.sum()) for name, s in sums.items() if getattr(config, name)}
+
+
 PAIR_VIEWS = {"mvlm_text": score_pair_words, "mvlm_image": score_pair_patches}

@@ -80,6 +80,16 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def with_codes(self, codes: Tensor) -> Batch:
+        """The same batch with the visual tokenizer's answer, (B, P) int64."""
+        return replace(self, patch_codes=codes)
+
+    def tokens(self) -> int:
+        """Real tokens: padding is not counted, [I_CLS], [T_CLS] and [T_SEP] are."""
+        words = 0 if self.word_valid is None else int(self.word_valid.sum())
+        patches = 0 if self.patch_masked is None else self.patch_masked.shape[1] + 1
+        return words + len(self) * patches
+
     def pick(self, places: list[int]) -> Batch:
         """The samples at the given places."""
         index = torch.tensor(places, dtype=torch.long)
@@ -126,6 +136,14 @@ class Score:
     loss_sum: Tensor
     count: Tensor
     correct: Tensor
+
+    @staticmethod
+    def zero(device: torch.device | str) -> Score:
+        return Score(
+            loss_sum=torch.zeros((), device=device),
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            correct=torch.zeros((), dtype=torch.int64, device=device),
+        )
 
     def __add__(self, other: Score) -> Score:
         return Score(

@@ -2,7 +2,7 @@
 
 run.lock       held by rank 0; who holds it
 metrics.jsonl  one row a step; ledger.jsonl the sample ids of each step; skips.jsonl what was
-               left out and why; every row has `step`
+               left out and why; eval.jsonl held-out scores; every row has `step`
 log.txt        what the terminal showed
 config.json    the resolved config; env.json versions and machine of the last start
 checkpoints/   see checkpoint.py
@@ -147,6 +147,7 @@ class RunFolder:
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.ledger = JsonLines(self.path / "ledger.jsonl")
         self.skips = JsonLines(self.path / "skips.jsonl")
+        self.evals = JsonLines(self.path / "eval.jsonl")
         self._lock_wait = lock_wait
         self._lock = -1
         self._log: int = -1
@@ -220,7 +221,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Closes everything and gives the lock back; its file stays (removing it would race)."""
-        for rows in (self.metrics, self.ledger, self.skips):
+        for rows in (self.metrics, self.ledger, self.skips, self.evals):
             rows.close()
         for handle in (self._log, self._lock):
             if handle >= 0:
@@ -228,8 +229,8 @@ class RunFolder:
         self._log = self._lock = -1
 
     def truncate_after(self, step: int) -> None:
-        """Cuts the rows after `step` (0: all) from the three files, and says so."""
-        for rows in (self.metrics, self.ledger, self.skips):
+        """Cuts the rows after `step` (0: all) from the four files, and says so."""
+        for rows in (self.metrics, self.ledger, self.skips, self.evals):
             cut, torn = rows.truncate_after(step)
             if cut or torn:
                 also = f" and {torn} bytes of a torn line" if torn else ""
@@ -237,7 +238,7 @@ class RunFolder:
 
     def sync(self) -> None:
         """Puts all rows on the disk."""
-        for rows in (self.metrics, self.ledger, self.skips):
+        for rows in (self.metrics, self.ledger, self.skips, self.evals):
             rows.sync()
 
     def log(self, text: str) -> None:

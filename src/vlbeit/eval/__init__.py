@@ -1,0 +1,1 @@
+"""What a model knows: held-out scores, the sighted / blind gap, pictures, reports."""

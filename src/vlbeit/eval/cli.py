@@ -1,0 +1,100 @@
+"""`vlbeit eval RUN`: held-out scores and the sighted / blind gap, as a table or JSON."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code; errors are raised as VLBeitError."""
+    parser = argparse.ArgumentParser(prog="vlbeit eval", description=__doc__)
+    parser.add_argument("run", help="a run folder (its newest good checkpoint) or a checkpoint")
+    parser.add_argument(
+        "--data", nargs="+", default=[], help="prepared folders; default: the run's"
+    )
+    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument("--samples", type=int, default=0, help="most samples a stream; 0: all")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--out", help="also write the JSON to this file")
+    args = parser.parse_args(argv)
+    quiet: Any = (lambda text: None) if args.json else print
+    run = load_run(args.run, args.device, quiet)
+    found = evaluate_run(
+        run, args.data, split=args.split, samples=args.samples, batch_size=args.batch
+    )
+    text = json.dumps(found, indent=1)
+    if args.out:
+        Path(args.out).write_text(text + "\n")
+    if args.json:
+        print(text)
+    else:
+        show(found, Console())
+    return 0
+
+
+def percent(estimate: dict[str, float], signed: bool = False) -> str:
+    value, low, high = (100 * estimate[key] for key in ("value", "low", "high"))
+    sign = "+" if signed else ""
+    return f"{value:{sign}.1f} % [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def nats(estimate: dict[str, float], signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return (
+        f"{estimate['value']:{sign}.3f} [{estimate['low']:{sign}.3f}, {estimate['high']:{sign}.3f}]"
+    )
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """The tables a person reads; intervals are 95 % bootstrap over samples."""
+    samples = ", ".join(f"{count} {name}s" for name, count in found["samples"].items())
+    console.print(f"{found['checkpoint']} (step {found['step']}) on {found['split']}: {samples}")
+    if found["skipped"]:
+        console.print(f"{len(found['skipped'])} bad samples left out, first: {found['skipped'][0]}")
+    table = Table("objective", "accuracy", "loss (nats)", "most frequent answer", "predicted")
+    for name, row in found["objectives"].items():
+        table.add_row(
+            name,
+            percent(row["accuracy"]),
+            nats(row["loss"]),
+            f"{100 * row['top_share']:.1f} %",
+            str(row["count"]),
+        )
+    console.print(table)
+    for what, conditions, gaps in (
+        ("words", WORD_CONDITIONS, "word_gap"),
+        ("patches", PATCH_CONDITIONS, "patch_gap"),
+    ):
+        if what not in found:
+            continue
+        table = Table(f"hidden {what} of pairs", "accuracy", "loss (nats)")
+        for name, row in found[what].items():
+            table.add_row(conditions[name], percent(row["accuracy"]), nats(row["loss"]))
+        for name, row in found[gaps].items():
+            label = "gain over: " + conditions[name.split("_minus_")[1]]
+            table.add_row(label, percent(row["accuracy"], True), nats(row["loss"], True))
+        console.print(table)
+    if "attributes" in found:
+        console.print(attribute_table(found["attributes"]))
+
+
+def attribute_table(found: dict[str, Any]) -> Table:
+    table = Table("hidden attribute word", "sighted", "blind", "prior", "asked")
+    rows = {**found["kinds"], " + ".join(found["headline"]): found}
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            percent(row["sighted"]),
+            percent(row["blind"]),
+            f"{100 * row['prior']:.1f} %",
+            str(row["count"]),
+        )
+    return table

@@ -1,0 +1,139 @@
+"""Scores on held-out samples: what a run logs while it trains, and what `vlbeit eval` reports."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from vlbeit.config import CropConfig, PretrainConfig
+from vlbeit.data.collate import collate
+from vlbeit.data.dataset import open_sources
+from vlbeit.data.loader import build_streams
+from vlbeit.data.order import Visit
+from vlbeit.data.records import BadSample
+from vlbeit.data.streams import Sample, SampleStream
+from vlbeit.errors import InputError
+from vlbeit.nn.model import VLBeit
+from vlbeit.objectives import count_targets, score_batch
+from vlbeit.tokens.text import TextTokenizer
+from vlbeit.tokens.visual import VisualTokenizer
+from vlbeit.types import STREAMS, Batch, Score, Stream
+
+EVAL_SEED = 20_220_603
+"""Keys the masks of every evaluation, so that all runs and steps meet the same ones."""
+
+
+def evaluation_config(config: PretrainConfig) -> PretrainConfig:
+    """The run's config as evaluation wants it: whole pictures, no flip, no jitter, fixed masks."""
+    whole = CropConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0.0, jitter=0.0)
+    return replace(
+        config,
+        seed=EVAL_SEED,
+        model=replace(config.model, drop_path=0.0),
+        input=replace(config.input, images=whole, pairs=whole),
+    )
+
+
+def held_out_streams(
+    config: PretrainConfig, text: TextTokenizer, split: str = "val"
+) -> dict[Stream, SampleStream]:
+    """The held-out sources by stream; a stream whose data has no such split is left out."""
+    plain = evaluation_config(config)
+    sources = {
+        stream: open_sources(
+            config.data, stream, split, images_from_pairs=config.input.images_from_pairs
+        )
+        for stream, count in zip(
+            STREAMS, (config.batch.images, config.batch.texts, config.batch.pairs), strict=True
+        )
+        if count > 0
+    }
+    batch = replace(
+        plain.batch,
+        images=plain.batch.images if sources.get("image") else 0,
+        texts=plain.batch.texts if sources.get("text") else 0,
+        pairs=plain.batch.pairs if sources.get("pair") else 0,
+    )
+    built = build_streams(replace(plain, batch=batch), sources, text)
+    return {stream.stream: stream for stream in built}
+
+
+def visits_of(stream: SampleStream, limit: int) -> list[Visit]:
+    """At most `limit` visits (0: all), spread evenly over the stream's records."""
+    everything = [
+        Visit(source, 0, index)
+        for source, count in stream.records.items()
+        for index in range(count)
+    ]
+    if limit <= 0 or limit >= len(everything):
+        return everything
+    return [everything[i * len(everything) // limit] for i in range(limit)]
+
+
+def batches_of(
+    stream: SampleStream, visits: list[Visit], size: int, bad: list[BadSample] | None = None
+) -> Iterator[Batch]:
+    """Micro-batches of the visits, in order; bad samples are left out and put into `bad`."""
+    ready: list[Sample] = []
+    for visit in visits:
+        try:
+            ready.append(stream.sample(visit))
+        except BadSample as error:
+            if bad is not None:
+                bad.append(error)
+        if len(ready) == size:
+            yield collate(stream.stream, ready)
+            ready = []
+    if ready:
+        yield collate(stream.stream, ready)
+
+
+class HeldOut:
+    """Held-out loss and accuracy of every objective, on the same samples and masks each time."""
+
+    def __init__(
+        self, config: PretrainConfig, text: TextTokenizer, visual: VisualTokenizer | None
+    ) -> None:
+        self._config, self._text, self._visual = config, text, visual
+        self._batches: list[Batch] | None = None
+
+    def batches(self) -> list[Batch]:
+        """Made at first use and kept: a few hundred small samples."""
+        if self._batches is None:
+            self._batches = []
+            for stream in held_out_streams(self._config, self._text).values():
+                visits = visits_of(stream, self._config.log.eval_samples)
+                self._batches += batches_of(stream, visits, self._config.batch.micro)
+        return self._batches
+
+    def measure(self, model: VLBeit, device: torch.device) -> dict[str, dict[str, float]]:
+        """{"mlm": {"loss", "count", "accuracy"}, ...}; loss in nats, no dropped paths."""
+        model.eval()
+        totals: dict[str, Score] = {}
+        bf16 = self._config.precision == "bf16"
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            for batch in self.batches():
+                batch = batch.to(device)
+                if self._visual is not None and batch.pixels is not None:
+                    batch = batch.with_codes(self._visual.encode(batch.pixels))
+                if not count_targets(batch, self._config.objective):
+                    continue
+                for name, score in score_batch(model, batch, self._config.objective).items():
+                    totals[name] = totals[name] + score if name in totals else score
+        return {
+            name: {
+                "loss": float(score.mean_loss()),
+                "count": int(score.count),
+                "accuracy": float(score.accuracy()),
+            }
+            for name, score in totals.items()
+        }
+
+
+def need_streams(streams: dict[Stream, SampleStream], data: tuple[str, ...], split: str) -> None:
+    """Raise InputError when there is nothing to evaluate on."""
+    if not streams:
+        raise InputError(
+            f"no {split} split in {', '.join(data) or 'no data folder'}: prepare one with "
+            "`vlbeit prepare`, or name another --split"
+        )

@@ -1,0 +1,359 @@
+"""The pretraining step, on one page.
+
+    for each step: plan -> micro-batches -> codes -> scores -> one backward per micro-batch
+                   -> clip -> guard -> update -> rows of the log -> checkpoint
+
+Sums of loss are divided once, by the counts of the whole global batch, before the backward pass;
+so micro-batches, ranks and accumulation change nothing but rounding.
+"""
+
+import contextlib
+import hashlib
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vlbeit.config import ObjectiveConfig, PretrainConfig
+from vlbeit.data.loader import Cursors, SkipBudget, StepData, StepLoader
+from vlbeit.errors import NonFiniteError, StopRequested
+from vlbeit.nn.flops import training_flops
+from vlbeit.nn.model import VLBeit
+from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
+from vlbeit.tokens.visual import VisualTokenizer
+from vlbeit.train.distributed import World
+from vlbeit.train.optim import lr_at, set_lr
+from vlbeit.train.runfolder import RunFolder
+from vlbeit.train.signals import StopSignal
+from vlbeit.types import STREAMS, Batch, Score
+
+
+class MaskedPrediction(nn.Module):
+    """Model and objectives as one module, so that DDP sees one forward pass per micro-batch."""
+
+    def __init__(self, model: VLBeit, config: ObjectiveConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+
+    def forward(
+        self, batch: Batch | None, factors: dict[str, float], touch: bool
+    ) -> tuple[Tensor, dict[str, Score]]:
+        """The micro-batch's share of the step's loss, and its scores.
+
+        `factors` holds weight / global count by objective. `touch` adds a zero that depends on
+        every trained parameter: DDP waits in the last backward pass of a step for all of them,
+        and a single stream does not use all experts.
+        """
+        scores = {} if batch is None else score_batch(self.model, batch, self.config)
+        parts = [factors[name] * score.loss_sum for name, score in scores.items()]
+        if touch or not parts:
+            parts += [0.0 * p.sum() for p in self.model.parameters() if p.requires_grad]
+        return torch.stack([part.float() for part in parts]).sum(), scores
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands: all of a checkpoint's state beside tensors. Plain JSON."""
+
+    step: int
+    cursors: Cursors
+    nonfinite_in_row: int = 0
+    nonfinite: int = 0
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a training loop needs; made by `pretrain`."""
+
+    config: PretrainConfig
+    world: World
+    model: VLBeit
+    optimizer: torch.optim.Optimizer
+    visual: VisualTokenizer | None
+    loader: StepLoader
+    budget: SkipBudget
+    progress: Progress
+    folder: RunFolder | None
+    """At rank 0 only."""
+    stop: StopSignal
+    matrix_limit: float
+    """Measured matrix products of this process, FLOP/s."""
+    save: Callable[[], None]
+    evaluate: Callable[[int], None]
+
+
+def train(run: Run) -> None:
+    """Run the steps from `run.progress.step` + 1 to `config.max_steps`.
+
+    Raises:
+        StopRequested: after a signal, once the state is saved.
+        NonFiniteError: `optim.nonfinite_limit` steps in a row had to be skipped.
+        DataBudgetError: more bad samples than `input.skip_budget`.
+        LostWorkerError, SaveError: see distributed.py and checkpoint.py.
+    """
+    config, world, progress = run.config, run.world, run.progress
+    prediction = MaskedPrediction(run.model, config.objective)
+    trained: nn.Module = prediction
+    if world.size > 1:
+        trained = DistributedDataParallel(
+            prediction,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+    run.model.train()
+    first = progress.step + 1
+    started, saved = time.perf_counter(), progress.step
+    steps = run.loader.steps(progress.cursors, first, config.max_steps)
+    for data in closing(steps):
+        began = time.perf_counter()
+        lr = lr_at(data.step, config.optim)
+        set_lr(run.optimizer, lr)
+
+        # ---- forward and backward: one micro-batch after the other
+        batches = [
+            batch.to(world.device) for name in STREAMS for batch in data.batches.get(name, [])
+        ]
+        factors, skipped = global_factors(run, batches, data)
+        scores = {name: Score.zero(world.device) for name in OBJECTIVES}
+        micro: list[Batch | None] = [*batches] or [None]
+        for number, batch in enumerate(micro):
+            last = number == len(micro) - 1
+            if batch is not None and run.visual is not None and batch.pixels is not None:
+                batch = batch.with_codes(run.visual.encode(batch.pixels))
+            with contextlib.ExitStack() as stack:
+                if isinstance(trained, DistributedDataParallel) and not last:
+                    stack.enter_context(trained.no_sync())
+                with autocast(world.device, config.precision):
+                    loss, part = trained(batch, factors, touch=last and world.size > 1)
+                with world.guard("averaging gradients"):
+                    # DDP averages over ranks; the factors already hold the global count.
+                    (loss * world.size).backward()
+            for name, score in part.items():
+                scores[name] = scores[name] + score.detach()
+
+        # ---- guard and update
+        limit = config.optim.clip or float("inf")
+        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
+        sums = global_sums(run, scores)
+        finite = bool(torch.isfinite(grad_norm)) and all(s["finite"] for s in sums.values())
+        if finite:
+            run.optimizer.step()
+            progress.nonfinite_in_row = 0
+        else:
+            progress.nonfinite_in_row += 1
+            progress.nonfinite += 1
+        run.optimizer.zero_grad(set_to_none=True)
+        progress.step, progress.cursors = data.step, data.cursors
+        run.budget.add(data.visits, skipped)
+
+        # ---- log
+        if run.folder is not None:
+            took = time.perf_counter() - began
+            row = metrics_row(run, data, sums, lr, float(grad_norm), took, batches)
+            write_rows(run, run.folder, data, row, skipped, finite)
+            if data.step % config.log.print_every == 0 or data.step in (first, config.max_steps):
+                done = data.step - first + 1
+                left = (time.perf_counter() - started) / done * (config.max_steps - data.step)
+                run.folder.log(console_line(row, left))
+
+        # ---- save, evaluate, stop
+        run.budget.check()
+        if progress.nonfinite_in_row >= config.optim.nonfinite_limit:
+            raise NonFiniteError(
+                f"step {data.step}: loss or gradient was not finite {progress.nonfinite_in_row} "
+                "steps in a row (optim.nonfinite_limit). The newest checkpoint is from before; "
+                "lower optim.lr, raise optim.warmup_steps or look at the samples named in log.txt"
+            )
+        stopping = bool(flag_over_ranks(world, run.stop.requested))
+        if data.step % config.save_every == 0 or data.step == config.max_steps or stopping:
+            if progress.nonfinite_in_row == 0 or stopping:
+                run.save()
+                saved = data.step
+        if stopping:
+            raise StopRequested(
+                f"stopped by {run.stop.name or 'a signal to another rank'} after step {data.step}; "
+                f"saved as step {saved}. Run the same command again to go on."
+            )
+        if config.log.eval_every and data.step % config.log.eval_every == 0:
+            run.evaluate(data.step)
+            run.model.train()
+
+
+def closing(steps: Iterator[StepData]) -> Iterator[StepData]:
+    """The steps; the loader behind them is closed however the loop ends."""
+    try:
+        yield from steps
+    finally:
+        close = getattr(steps, "close", None)
+        if close is not None:
+            close()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bf16 products with fp32 weights; losses and softmax stay in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def flag_over_ranks(world: World, flag: bool) -> int:
+    """How many ranks raise it; the same answer everywhere."""
+    if world.size == 1:
+        return int(flag)
+    return int(world.sum_over_ranks(torch.tensor([float(flag)], device=world.device)).item())
+
+
+def global_factors(
+    run: Run, batches: list[Batch], data: StepData
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """weight / (positions to predict in the global batch) by objective; and all ranks' skips."""
+    counts = torch.zeros(len(OBJECTIVES) + 1, dtype=torch.float64)
+    for batch in batches:
+        for name, count in count_targets(batch, run.config.objective).items():
+            counts[OBJECTIVES.index(name)] += count
+    counts[-1] = len(data.skips)
+    counts = run.world.sum_over_ranks(counts.to(run.world.device)).cpu()
+    factors = {
+        name: getattr(run.config.objective, name) / max(float(count), 1.0)
+        for name, count in zip(OBJECTIVES, counts, strict=False)
+    }
+    skipped = data.skips
+    if counts[-1] > 0 and run.world.size > 1:
+        skipped = [skip for rank in run.world.gather_objects(data.skips) for skip in rank]
+    return factors, skipped
+
+
+def global_sums(run: Run, scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
+    """Scores over all ranks, by objective; those that predicted nothing are left out."""
+    table = torch.stack(
+        [
+            torch.stack([s.loss_sum.double(), s.count.double(), s.correct.double()])
+            for s in scores.values()
+        ]
+    )
+    table = run.world.sum_over_ranks(table).cpu()
+    return {
+        name: {
+            "loss": float(loss / count),
+            "count": int(count),
+            "accuracy": float(correct / count),
+            "finite": bool(torch.isfinite(loss)),
+        }
+        for name, (loss, count, correct) in zip(scores, table, strict=True)
+        if count > 0
+    }
+
+
+def metrics_row(
+    run: Run,
+    data: StepData,
+    sums: dict[str, dict[str, Any]],
+    lr: float,
+    grad_norm: float,
+    took: float,
+    batches: list[Batch],
+) -> dict[str, Any]:
+    """One row of metrics.jsonl. `loss` is hexadecimal, so that equal rows mean equal bits.
+
+    Rates are of rank 0 times the ranks; `limit_share` is the step's useful FLOP/s over the
+    matrix products this process was measured to do at the start.
+    """
+    weights = run.config.objective
+    total = sum(getattr(weights, name) * s["loss"] for name, s in sums.items())
+    samples = sum(len(batch) for batch in batches)
+    tokens = sum(batch.tokens() for batch in batches)
+    flops = sum(
+        training_flops(
+            run.config.model,
+            batch,
+            views(weights) if batch.stream == "pair" else 1,
+            count_targets(batch, weights),
+        )
+        for batch in batches
+    )
+    return {
+        "step": data.step,
+        "loss": float(total).hex(),
+        "objectives": {
+            name: {key: s[key] for key in ("loss", "count", "accuracy")} for name, s in sums.items()
+        },
+        "lr": lr,
+        "grad_norm": grad_norm,
+        "seconds": round(took, 4),
+        "waited": round(data.waited, 4),
+        "samples_per_second": round(samples * run.world.size / took, 1),
+        "tokens_per_second": round(tokens * run.world.size / took),
+        "limit_share": round(flops / took / run.matrix_limit, 4),
+        "memory_mb": memory_mb(run.world.device),
+    }
+
+
+def memory_mb(device: torch.device) -> int:
+    """Peak memory: of the GPU if there is one, else resident memory of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def write_rows(
+    run: Run,
+    folder: RunFolder,
+    data: StepData,
+    row: dict[str, Any],
+    skipped: list[dict[str, Any]],
+    finite: bool,
+) -> None:
+    """The step's rows in metrics.jsonl, ledger.jsonl and skips.jsonl."""
+    for skip in skipped:
+        folder.skips.append(skip)
+        folder.log(
+            f"step {data.step}: skipped {skip['sample_id']} ({skip['shard']}: {skip['member']}: "
+            f"{skip['reason']})"
+        )
+    folder.ledger.append(ledger_row(data, run.config.log.ledger))
+    if not finite:
+        row["skipped"] = "non-finite"
+        folder.log(
+            f"step {data.step}: loss or gradient is not finite; the step was skipped on all "
+            f"ranks. Samples: {data.ledger}"
+        )
+    if data.step % run.config.log.every == 0 or not finite:
+        folder.metrics.append(row)
+
+
+def ledger_row(data: StepData, kind: str) -> dict[str, Any]:
+    """The ordered sample ids of the global step by stream and source, or one digest for each."""
+    if kind == "full":
+        return {"step": data.step, **data.ledger}
+    return {
+        "step": data.step,
+        **{
+            stream: {name: digest_of(ids) for name, ids in sources.items()}
+            for stream, sources in data.ledger.items()
+        },
+    }
+
+
+def digest_of(ids: list[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+
+
+def console_line(row: dict[str, Any], left: float) -> str:
+    """What a person reads while a run goes on."""
+    parts = [f"step {row['step']:>7}", f"loss {float.fromhex(row['loss']):7.4f}"]
+    for name, s in row["objectives"].items():
+        parts.append(f"{name} {s['loss']:.3f} ({100 * s['accuracy']:.1f} %)")
+    parts += [
+        f"lr {row['lr']:.2e}",
+        f"|g| {row['grad_norm']:.2f}",
+        f"{row['samples_per_second']:.0f} samples/s",
+        f"{row['tokens_per_second']} tokens/s",
+        f"{100 * row['limit_share']:.0f} % of limit",
+        f"{row['memory_mb']} MB",
+        f"left {time.strftime('%H:%M:%S', time.gmtime(left))}",
+    ]
+    return " | ".join(parts)

@@ -1,0 +1,126 @@
+"""Checks of a whole config that no single field can make. Standard library only."""
+
+from vlbeit.config import CropConfig, ModelConfig, PretrainConfig, VisualTokenizerConfig
+from vlbeit.errors import ConfigError
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def validate_model(model: ModelConfig) -> None:
+    """Sizes that must divide each other and ranges, each named with limit and value found."""
+    for name in ("width", "layers", "heads", "ffn", "patch", "vocab", "codes", "text_positions"):
+        value = getattr(model, name)
+        require(value >= 1, f"model.{name} must be at least 1, found {value}")
+    require(
+        model.width % model.heads == 0,
+        f"model.width must be a multiple of model.heads ({model.heads}), found {model.width}",
+    )
+    require(
+        0 <= model.vl_layers <= model.layers,
+        f"model.vl_layers must be 0..{model.layers} (model.layers), found {model.vl_layers}",
+    )
+    check_size("model.image_size", model.image_size, "model.patch", model.patch)
+    require(0 <= model.drop_path < 1, f"model.drop_path must be in [0, 1), found {model.drop_path}")
+    require(model.layer_scale >= 0, f"model.layer_scale must be >= 0, found {model.layer_scale}")
+
+
+def check_size(name: str, size: tuple[int, int], patch_name: str, patch: int) -> None:
+    for pixels in size:
+        require(
+            pixels >= patch and pixels % patch == 0,
+            f"{name} must be multiples of {patch_name} ({patch}), found {size[0]} x {size[1]}",
+        )
+
+
+def check_crop(name: str, crop: CropConfig) -> None:
+    low, high = crop.scale
+    require(0 < low <= high <= 1, f"{name}.scale must be 0 < low <= high <= 1, found {low}, {high}")
+    low, high = crop.ratio
+    require(0 < low <= high, f"{name}.ratio must be 0 < low <= high, found {low}, {high}")
+    require(0 <= crop.flip <= 1, f"{name}.flip must be in [0, 1], found {crop.flip}")
+    require(0 <= crop.jitter < 1, f"{name}.jitter must be in [0, 1), found {crop.jitter}")
+
+
+def validate_tokenizer(config: VisualTokenizerConfig, name: str) -> None:
+    """The training settings of a visual tokenizer."""
+    require(config.codes >= 2, f"{name}.codes must be at least 2, found {config.codes}")
+    require(
+        config.width % config.heads == 0,
+        f"{name}.width must be a multiple of {name}.heads ({config.heads}), found {config.width}",
+    )
+    check_size(f"{name}.image_size", config.image_size, f"{name}.patch", config.patch)
+    require(0 < config.decay < 1, f"{name}.decay must be in (0, 1), found {config.decay}")
+    require(config.batch >= 1, f"{name}.batch must be at least 1, found {config.batch}")
+    check_crop(f"{name}.crop", config.crop)
+
+
+def validate(config: PretrainConfig) -> None:
+    """Raise ConfigError for the first setting of a pretraining run that cannot work."""
+    model, masking, batch, optim = config.model, config.masking, config.batch, config.optim
+    validate_model(model)
+    if not config.tokenizers.visual:
+        validate_tokenizer(config.tokenizers.train_visual, "tokenizers.train_visual")
+    check_crop("input.images", config.input.images)
+    check_crop("input.pairs", config.input.pairs)
+    for name in ("text_length", "pair_text_length"):
+        length = getattr(config.input, name)
+        require(
+            3 <= length <= model.text_positions,
+            f"input.{name} must be 3..{model.text_positions} (model.text_positions), found {length}",
+        )
+    for name in ("text", "pair_text", "image"):
+        share = getattr(masking, name)
+        require(0 < share < 1, f"masking.{name} must be in (0, 1), found {share}")
+    require(
+        masking.to_mask >= 0
+        and masking.to_random >= 0
+        and masking.to_mask + masking.to_random <= 1,
+        "masking.to_mask and masking.to_random must be >= 0 and add up to at most 1, found "
+        f"{masking.to_mask} and {masking.to_random}",
+    )
+    for name in ("images", "texts", "pairs"):
+        size = getattr(batch, name)
+        require(size >= 0, f"batch.{name} must be at least 0, found {size}")
+    require(
+        batch.images + batch.texts + batch.pairs > 0,
+        "batch.images, batch.texts and batch.pairs are all 0: nothing to train on",
+    )
+    require(batch.micro >= 1, f"batch.micro must be at least 1, found {batch.micro}")
+    for name in ("mlm", "mim", "mvlm_text", "mvlm_image"):
+        weight = getattr(config.objective, name)
+        require(weight >= 0, f"objective.{name} must be at least 0, found {weight}")
+    for stream, size, used in (
+        ("images", batch.images, config.objective.mim),
+        ("texts", batch.texts, config.objective.mlm),
+        ("pairs", batch.pairs, config.objective.mvlm_text + config.objective.mvlm_image),
+    ):
+        require(
+            size == 0 or used > 0,
+            f"batch.{stream} is {size}, but the weight of its objective is 0: set batch.{stream} 0",
+        )
+    require(optim.lr > 0, f"optim.lr must be above 0, found {optim.lr}")
+    require(
+        0 <= optim.warmup_steps <= optim.total_steps,
+        f"optim.warmup_steps must be 0..{optim.total_steps} (optim.total_steps), "
+        f"found {optim.warmup_steps}",
+    )
+    require(
+        0 < optim.layer_decay <= 1,
+        f"optim.layer_decay must be in (0, 1], found {optim.layer_decay}",
+    )
+    for name in ("max_steps", "save_every"):
+        steps = getattr(config, name)
+        require(steps >= 1, f"{name} must be at least 1, found {steps}")
+    for name in ("every", "print_every"):
+        steps = getattr(config.log, name)
+        require(steps >= 1, f"log.{name} must be at least 1, found {steps}")
+    require(
+        0 <= config.input.skip_budget < 1,
+        f"input.skip_budget must be in [0, 1), found {config.input.skip_budget}",
+    )
+    require(
+        len(config.data) > 0, "no data: give --data and one or more folders of `vlbeit prepare`"
+    )
