@@ -1,0 +1,247 @@
+"""The benchmark counts what it says it counts, and the peer hook trains on the shared batch."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tiny_models import masked_batch, tiny_config, tiny_model
+from vlbeit.cli import main
+from vlbeit.config import ObjectiveConfig, OptimConfig, PretrainConfig, TextTokenizerConfig
+from vlbeit.data.transforms import decode_image
+from vlbeit.draws import Draws
+from vlbeit.errors import ConfigError
+from vlbeit.nn.flops import training_flops
+from vlbeit.objectives import count_targets, score_batch
+from vlbeit.recipes import PRETRAIN
+from vlbeit.tokens.text import train_text_tokenizer
+from vlbeit.train.bench import parse
+from vlbeit.train.bench_data import generate, load_steps, photo, read_all, sentence
+from vlbeit.train.bench_step import Step, random_batch
+from vlbeit.train.limit import matrix_limit
+from vlbeit.types import STREAMS
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def hook(request):
+    path = request.config.rootpath / "benchmarks" / "peer_hook.py"
+    spec = importlib.util.spec_from_file_location("peer_hook", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peer_hook"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ------------------------------------------------------------------------ the step
+
+
+def run_config(**changes) -> PretrainConfig:
+    config = PretrainConfig(recipe="t", model=tiny_config(), precision="fp32")
+    return replace(config, optim=OptimConfig(clip=0.0), **changes)
+
+
+def test_a_step_minimises_the_sum_of_mean_losses():
+    model = tiny_model()
+    batches = [masked_batch(name) for name in STREAMS]
+    wanted = sum(
+        score.mean_loss().item()
+        for batch in batches
+        for score in score_batch(model, batch, ObjectiveConfig()).values()
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    step = Step(model, batches, optimizer, run_config(), CPU)
+    assert step() == pytest.approx(wanted, rel=1e-5)
+    losses = [step() for _ in range(10)]
+    assert losses[-1] < wanted
+
+
+def test_cutting_a_batch_into_micro_batches_leaves_the_step_as_it_is():
+    losses = []
+    for cut in (False, True):
+        model = tiny_model()
+        whole = masked_batch("pair", 4)
+        batches = [whole.pick([0, 1]), whole.pick([2, 3])] if cut else [whole]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        step = Step(model, batches, optimizer, run_config(), CPU)
+        losses.append([step(), step()])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_random_input_is_masked_as_in_a_run(stream):
+    config = PRETRAIN["base"]()
+    batch = random_batch(stream, 2, config)
+    if stream != "text":
+        assert batch.patch_masked.sum(dim=1).tolist() == [75, 75]
+        assert batch.pixels.shape == (2, 3, 224, 224) and batch.patch_codes.max() < 8192
+    if stream != "image":
+        length, rate = (196, 0.15) if stream == "text" else (64, 0.5)
+        assert batch.words.shape == (2, length) and batch.word_valid.all()
+        assert batch.word_masked.sum(dim=1).tolist() == [round((length - 2) * rate)] * 2
+    passes = 2 if stream == "pair" else 1
+    assert batch.depth_draws.shape == (2, passes, 24)
+
+
+def test_the_machine_limit_is_measured_even_where_a_product_takes_too_long():
+    assert matrix_limit(CPU, "fp32", seconds=0.0) > 0
+
+
+def test_the_command_prints_rates_that_agree_with_each_other(capsys):
+    words = ["bench", "--recipe", "tiny", "--samples", "2", "--steps", "1", "--threads", "1"]
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["samples"] == {"image": 2, "text": 2, "pair": 2}
+    seconds = report["step_seconds"]
+    assert report["samples_per_second"] == pytest.approx(6 / seconds, rel=0.01)
+    assert report["tokens_per_second"] == pytest.approx(
+        sum(report["tokens"].values()) / seconds, rel=0.01
+    )
+    assert 0 < report["limit_share"] and 0 < report["limit_share_cpu"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "samples/s" in text and "tokens/s" in text and "of the limit" in text
+
+
+def test_settings_of_the_recipe_reach_the_benchmark_and_strangers_are_refused():
+    bench = parse(["--recipe", "tiny", "--precision", "bf16", "--samples", "3"], "vlbeit bench")
+    assert bench.run.precision == "bf16" and bench.run.batch.pairs == 3
+    with pytest.raises(ConfigError, match="precison"):
+        parse(["--recipe", "tiny", "--precison", "bf16"], "vlbeit bench")
+    with pytest.raises(ConfigError, match="--samples"):
+        parse(["--samples", "0"], "vlbeit bench")
+
+
+# ------------------------------------------------------------------------ the data
+
+
+def test_generated_photos_are_pictures_of_the_size_that_is_claimed():
+    data = photo(Draws("a"))
+    assert decode_image(data).shape == (375, 500, 3)
+    assert 95_000 < len(data) < 135_000
+    assert data == photo(Draws("a")) != photo(Draws("b"))
+
+
+def test_every_stream_is_loaded_through_the_loader_of_a_run(tmp_path, monkeypatch):
+    from vlbeit.train import bench_data
+
+    monkeypatch.setattr(bench_data, "PHOTOS", 8)
+    monkeypatch.setattr(bench_data, "SMALL_RECORDS", 50)
+    monkeypatch.setattr(bench_data, "DOCUMENTS", 400)
+    monkeypatch.setattr(bench_data, "MICRO", 4)
+    sources = generate(tmp_path)
+    assert read_all(sources["small"]) == 50
+    lines = [sentence(Draws("x", i), 20) for i in range(50)]
+    tokenizer = train_text_tokenizer(lines, TextTokenizerConfig(kind="wordpiece", vocab=256))
+    streams = {
+        "image": [sources["photos"]],
+        "text": [sources["documents"]],
+        "pair": [sources["photos"]],
+    }
+    for stream in STREAMS:
+        config = PRETRAIN["tiny"]()
+        load = load_steps(config, stream, streams, tokenizer, tmp_path, steps=2)
+        assert load() == 8
+        assert load() == 8
+
+
+# ------------------------------------------------------------------------ the peer hook
+
+
+def shared_batch(work, *, lengths: list[int]):
+    """A batch in the shape the peer benchmark hands out."""
+    generator = torch.Generator().manual_seed(0)
+    patches = (work.image_size // work.patch) ** 2
+
+    def words(length: int):
+        clean = torch.randint(5, work.vocab, (len(lengths), length), generator=generator)
+        valid = torch.arange(length)[None] < torch.tensor(lengths)[:, None]
+        clean = clean.masked_fill(~valid, 0)
+        hide = valid & (torch.rand(clean.shape, generator=generator) < 0.4)
+        hide[:, 1] = True
+        return {
+            "clean": clean,
+            "ids": clean.masked_fill(hide, 4),
+            "labels": clean.masked_fill(~hide, -100),
+            "valid": valid.long(),
+            "lengths": lengths,
+        }
+
+    def picture():
+        hide = torch.zeros(len(lengths), patches, dtype=torch.bool)
+        hide[:, :5] = True
+        size = (len(lengths), 3, work.image_size, work.image_size)
+        return {
+            "pixels": torch.randn(size, generator=generator),
+            "codes": torch.randint(0, work.codes, hide.shape, generator=generator),
+            "mask": hide,
+        }
+
+    longest = max(lengths)
+    return {"image": picture(), "text": words(longest), "pair": {**picture(), **words(longest)}}
+
+
+WORK = SimpleNamespace(
+    image_size=32, patch=8, width=32, heads=4, layers=2, ffn=48, vl_layers=1, vocab=50, codes=40,
+    text_len=12, pair_text_len=12, dtype="fp32", seed=0,
+)  # fmt: skip
+
+
+def test_the_hook_gives_what_the_peer_benchmark_asks_for(hook):
+    made = hook.make_bench(WORK, shared_batch(WORK, lengths=[12, 7, 4]))
+    assert set(made["streams"]) == set(STREAMS) == set(made["encode"])
+    first = made["step"]()
+    assert made["step"]() < first
+    assert made["params"] > 10_000 and made["version"].startswith("vlbeit ")
+    for encode in made["encode"].values():
+        encode()
+
+
+def test_cutting_padding_changes_no_loss(hook, monkeypatch):
+    batch = shared_batch(WORK, lengths=[12, 7, 4])
+    cut = hook.make_bench(WORK, batch)["step"]
+    monkeypatch.setattr(hook, "MOST_PADDING", 1.0)
+    padded = hook.make_bench(WORK, batch)["step"]
+    assert len(cut.batches) > len(padded.batches) == 3
+    assert cut() == pytest.approx(padded(), rel=1e-5)
+
+
+def test_every_text_is_in_one_group_and_groups_hold_little_padding(hook):
+    for patches in (0, 17):
+        lengths = [19, 196, 44, 70, 171, 95, 145, 120, 120]
+        groups = hook.by_length(lengths, patches)
+        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+        for group in groups:
+            longest = max(lengths[i] + patches for i in group)
+            assert sum(lengths[i] + patches for i in group) >= 0.9 * longest * len(group)
+    assert hook.by_length([8] * 5, 0) == [[0, 1, 2, 3, 4]]
+
+
+def test_needed_work_is_counted_as_the_peer_benchmark_counts_it(shared_data, hook):
+    """The same number, derived from its tensors by us and from its sizes by the benchmark."""
+    path = shared_data.parent / "bench" / "peers.py"
+    spec = importlib.util.spec_from_file_location("peers", path)
+    peers = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = peers
+    spec.loader.exec_module(peers)
+    work = peers.Work(images=2, texts=3, pairs=3, text_fill=0.6, pair_text_fill=0.6)
+    shared = peers.make_batch(work)
+    model = replace(
+        PRETRAIN["base"]().model, vocab=work.vocab, codes=work.codes, vl_layers=work.vl_layers
+    )
+    for stream in STREAMS:
+        batches = hook.to_batches(stream, shared[stream])
+        ours = sum(
+            training_flops(model, b, 1, count_targets(b, ObjectiveConfig(mvlm="joint")))
+            for b in batches
+        )
+        # it adds a (width, width) layer to the word head, which ours does not have
+        words = sum(int(b.word_masked.sum()) for b in batches if b.word_masked is not None)
+        theirs = work.useful_flops(stream) - 3 * words * 2 * work.width**2
+        assert ours == theirs
+        assert sum(b.tokens() for b in batches) == work.tokens(stream)
