@@ -7,7 +7,7 @@ it into micro-batches and makes these in the background: in a thread, one step a
 
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -137,6 +137,7 @@ class StepLoader:
         self._micro, self._rank, self._world = micro, rank, world
         self._workers, self._timeout = workers, timeout
         self._background: Background[_Part] | None = None
+        self._stopping = False
 
     def start_cursors(self) -> Cursors:
         """The cursors of a new run."""
@@ -208,14 +209,17 @@ class StepLoader:
         produce = functools.partial(
             self._parts, {k: dict(v) for k, v in cursors.items()}, first, last, workers
         )
+        self._stopping = False
+        background: Background[_Part]
         if self._workers == 0:
-            self._background = ThreadBackground(produce, self._timeout)
+            background = ThreadBackground(produce, self._timeout)
         else:
-            self._background = ProcessBackground(produce, workers, self._timeout)
+            background = ProcessBackground(produce, workers, self._timeout)
+        self._background = background
         try:
             tasks = 0
             started = time.perf_counter()
-            for parts in self._background.rounds():
+            for parts in background.rounds():
                 plan = parts[0].plan
                 assert plan is not None
                 queues = [iter(part.made) for part in parts]
@@ -238,7 +242,8 @@ class StepLoader:
                 )
                 started = time.perf_counter()
         finally:
-            self.close()
+            if self._background is background:
+                self.close()
 
     def _parts(
         self, cursors: Cursors, first: int, last: int, workers: int, number: int
@@ -259,6 +264,8 @@ class StepLoader:
     def _make(self, name: Stream, visits: Sequence[Visit]) -> "_Made":
         samples, skips = [], []
         for visit in visits:
+            if self._stopping:
+                break  # nobody will ask for it
             try:
                 samples.append(self._streams[name].sample(visit))
             except BadSample as bad:
@@ -277,6 +284,7 @@ class StepLoader:
 
     def close(self) -> None:
         """End the background thread or the worker processes."""
+        self._stopping = True
         if self._background is not None:
             self._background.close()
             self._background = None
@@ -387,12 +395,14 @@ def build_streams(
     tokenizer: TextTokenizer,
     *,
     cache: Path | None = None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> list[SampleStream]:
     """The streams of a run, those with a batch count of 0 left out.
 
     Args:
         sources: of each stream (`dataset.open_sources`).
         cache: where packed text is kept; None: `records.cache_folder()`.
+        log: is told when text is packed, which takes a while for a large corpus.
 
     Raises:
         DataBudgetError, InputError, SaveError: see `pack_text`.
@@ -415,7 +425,13 @@ def build_streams(
         )
     if config.batch.texts > 0:
         packed = [
-            pack_text(source, tokenizer, cache or cache_folder(), skip_budget=given.skip_budget)
+            pack_text(
+                source,
+                tokenizer,
+                cache or cache_folder(),
+                skip_budget=given.skip_budget,
+                log=log,
+            )
             for source in sources.get("text", ())
         ]
         streams.append(

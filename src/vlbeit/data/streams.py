@@ -6,9 +6,9 @@ makes it, nor what was made before.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -286,6 +286,12 @@ class TextStream:
         self._text_length = text_length
         self._words = WordSettings(vocab_size=tokenizer.size, rate=masking.text, masking=masking)
         self._depth_shape = depth_shape
+
+    def skips(self) -> Iterator[dict[str, Any]]:
+        """Documents that are in no chunk: stream, source, shard, member, reason, detail."""
+        for text in self._packed.values():
+            for row in text.skips():
+                yield {"stream": self.stream, **row}
 
     def sample(self, visit: Visit) -> Sample:
         text = self._packed[visit.source]
