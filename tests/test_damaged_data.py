@@ -137,6 +137,29 @@ def test_of_1000_damaged_shards_without_manifest_nothing_misplaced_is_used(tmp_p
     assert spared > 1000 * RECORDS / 2
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_damage_to_archives_with_long_names_is_always_accounted_for(
+    tmp_path: Path, form: int
+) -> None:
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w", format=form) as tar:
+        for number in range(8):
+            member = info("folder/" * 20 + f"größe-{number}.jpg")
+            member.size = 100 * number
+            tar.addfile(member, io.BytesIO(bytes([number]) * member.size))
+    content = whole.read_bytes()
+    assert len(account(whole)[0]) == 8
+    for trial in range(300):
+        damaged = bytearray(content[: 10_240 * 2])
+        DAMAGES[trial % len(DAMAGES)](damaged, Draws("long names", form, trial))
+        target = tmp_path / f"{trial}.tar"
+        target.write_bytes(damaged)
+        used, why, listed = account(target)
+        assert len(used) + why.total() == listed
+        assert listed or len(damaged) < 2 * BLOCK
+
+
 def test_a_shard_that_vanishes_or_was_never_a_tar_file_is_named(tmp_path: Path) -> None:
     whole, _ = whole_shard(tmp_path)
     source = RecordSource("x", [str(whole)])

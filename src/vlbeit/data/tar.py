@@ -54,6 +54,8 @@ def unsafe_name(name: str) -> str:
     Names are keys and labels here, never paths. They are checked all the same: shards are handed
     on to tools that do extract, and reports are read in terminals.
     """
+    if not name:
+        return "no name"
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME:
         return f"name longer than {MAX_NAME} bytes"
     if any(ord(char) < 32 or ord(char) == 127 for char in name):
@@ -72,8 +74,8 @@ def tar_header(name: str, size: int) -> bytes:
         ValueError: a name that is unsafe or does not fit a ustar header (100 bytes).
     """
     wrong = unsafe_name(name)
-    if wrong or not name or len(name.encode()) > tarfile.LENGTH_NAME:
-        raise ValueError(f"member name {name!r}: {wrong or 'empty or longer than 100 bytes'}")
+    if wrong or len(name.encode()) > tarfile.LENGTH_NAME:
+        raise ValueError(f"member name {name!r}: {wrong or 'longer than 100 bytes'}")
     info = tarfile.TarInfo(name)
     info.size = size
     return info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
@@ -124,15 +126,11 @@ def _scan(handle: int, end: int) -> Iterator[Entry]:
                 waiting = waiting._replace(
                     reason="damaged_shard", detail=f"no header follows its data, at byte {at}"
                 )
-            start, at = at, at + max(1, zeros) * BLOCK
-            while at < end and _header_at(handle, at) is None:
-                at += BLOCK
+            start, at = at, _next_header(handle, at + max(1, zeros) * BLOCK, end)
             if waiting is not None:
                 yield waiting
             waiting, long_name, long_size = None, None, None
-            yield Entry(
-                f"(byte {start})", start, min(at, end) - start, "damaged_shard", "no valid header"
-            )
+            yield Entry(f"(byte {start})", start, at - start, "damaged_shard", "no valid header")
             continue
         info = header.info
         data, size = at + BLOCK, info.size if long_size is None else long_size
@@ -140,6 +138,11 @@ def _scan(handle: int, end: int) -> Iterator[Entry]:
             yield waiting
             waiting = None
         if info.type in _EXTENDED:
+            if data + info.size > end:
+                missing = f"{data + info.size - end} bytes of an extended header missing at the end"
+                yield Entry(_shown(info.name), data, info.size, "truncated_shard", missing)
+                at = _next_header(handle, data, end)
+                continue
             if info.type in _NAMING and info.size > MAX_EXTENDED_HEADER:
                 # Read so much of it that the member behind it is refused for its name.
                 long_name = _text(os.pread(handle, MAX_NAME + 1, data))
@@ -156,9 +159,8 @@ def _scan(handle: int, end: int) -> Iterator[Entry]:
         if info.type in _REGULAR:
             waiting = _judge(name, hidden, data, size, end)
             if waiting is not None and waiting.reason == "truncated_shard":
-                at = data  # its size may reach over the end because blocks are missing before it
-                while at < end and _header_at(handle, at) is None:
-                    at += BLOCK
+                # Its size may reach over the end because blocks before it are missing.
+                at = _next_header(handle, data, end)
         elif info.type != tarfile.DIRTYPE:
             what = "link" if info.type in _LINKS else "device"
             what = what if info.type in _LINKS + _DEVICES else "member of an unknown type"
@@ -196,6 +198,13 @@ def _header_at(handle: int, at: int) -> _Header | None:
     return _Header(info, hidden=field.rstrip(b"\0").count(b"\0") > 0)
 
 
+def _next_header(handle: int, at: int, end: int) -> int:
+    """The first block from `at` on that is a header; `end` if there is none."""
+    while at < end and _header_at(handle, at) is None:
+        at += BLOCK
+    return min(at, end)
+
+
 def _is_zero(handle: int, at: int) -> bool:
     block = os.pread(handle, BLOCK, at)
     return bool(block) and block.count(0) == len(block)
@@ -223,5 +232,6 @@ def _text(name: bytes) -> str:
 
 def _shown(name: str) -> str:
     """A name that is safe to print and to store: short, without control characters."""
+    name = name or "(no name)"
     plain = "".join(char if 32 <= ord(char) != 127 else f"\\x{ord(char):02x}" for char in name)
     return plain if len(plain) <= 120 else plain[:100] + f"... ({len(name)} characters)"

@@ -91,9 +91,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except BadImage:
         raise
     except Exception as error:  # decoders of foreign bytes raise whatever they like
-        text = f"{type(error).__name__}: {error}"[:200]
-        cut = isinstance(error, EOFError) or "truncated" in text.lower()
-        raise BadImage("truncated_image" if cut else "damaged_image", text) from None
+        raise _damaged(error) from None
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
@@ -106,7 +104,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         detail = f"{len(data)} bytes that begin with {start}; formats: {', '.join(_FORMATS)}"
         raise BadImage("not_an_image", detail) from None
     except Exception as error:  # see decode_image
-        raise BadImage("damaged_image", f"{type(error).__name__}: {error}"[:200]) from None
+        raise _damaged(error) from None
     width, height = image.size
     if width * height > max_pixels:
         detail = f"{width} x {height} pixels; the limit is {max_pixels}"
@@ -114,6 +112,12 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
     if width < 1 or height < 1:
         raise BadImage("bad_size", f"{width} x {height} pixels")
     return image
+
+
+def _damaged(error: Exception) -> BadImage:
+    text = f"{type(error).__name__}: {error}"[:200]
+    cut = isinstance(error, EOFError) or "truncated" in text.lower()
+    return BadImage("truncated_image" if cut else "damaged_image", text)
 
 
 def _orientation(image: Image.Image) -> int:
