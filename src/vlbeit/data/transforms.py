@@ -169,9 +169,11 @@ def clean_text(data: bytes | str) -> str:
     if not text.isascii():
         # Joins surrogate pairs that came one by one; what stays alone becomes U+FFFD.
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        text = unicodedata.normalize("NFC", _limit_combining(text.replace("\ufeff", "")))
     if not text.isprintable():
-        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or not _control(c))
+        text = "".join(" " if c.isspace() else c for c in text if c.isspace() or not _dropped(c))
+    if not text.isascii():
+        # Last, because what was removed may have stood between a letter and its accent.
+        text = unicodedata.normalize("NFC", _limit_combining(text))
     text = " ".join(text.split())[:MAX_CHARACTERS].rstrip()
     if not text:
         raise BadText("empty_text", f"nothing is left of {len(data)} characters or bytes")
@@ -183,14 +185,14 @@ def clean_text(data: bytes | str) -> str:
 
 
 def _decode(data: bytes) -> str:
-    data = data[: 4 * MAX_CHARACTERS]  # no character takes more than four bytes
+    data = data[: 4 * MAX_CHARACTERS + 4]  # a byte order mark, and at most four a character
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", "replace")
     return data.decode("utf-8", "replace")
 
 
-def _control(char: str) -> bool:
-    return unicodedata.category(char) == "Cc"
+def _dropped(char: str) -> bool:
+    return char == "\ufeff" or unicodedata.category(char) == "Cc"
 
 
 def _limit_combining(text: str) -> str:
