@@ -8,7 +8,9 @@ half a dataset.
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +31,7 @@ from vlbeit.data.prepare.rows import Bad
 from vlbeit.data.records import ShardWriter
 from vlbeit.data.transforms import BadImage, decode_image
 from vlbeit.draws import Draws, key_of
-from vlbeit.errors import ConfigError, DataBudgetError, InputError, SaveError
+from vlbeit.errors import ConfigError, DataBudgetError, InputError, SaveError, StopRequested
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -118,6 +120,12 @@ class Plan:
         return split
 
 
+def describe(bad: Bad) -> str:
+    """A line for the terminal; what a stranger named may not move its cursor."""
+    line = f"{bad.where}: {bad.name or 'row'}: {bad.reason}: {bad.detail}"
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
+
+
 @dataclass
 class Report:
     """What was written and what was left out; `records + skipped + dropped + absent == seen`."""
@@ -137,6 +145,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     out: str = ""
+    failure: DataBudgetError | None = None
+    """What a check found wrong with the whole."""
 
     def to_dict(self) -> dict[str, Any]:
         """What is printed with --json."""
@@ -197,9 +207,11 @@ class Account:
         self.report.skipped[bad.reason] += 1
         self._skips.append(bad)
         if self.options.out is None:
-            print(f"{bad.where}: {bad.name or 'row'}: {bad.reason}: {bad.detail}")
+            print(describe(bad), file=sys.stderr)
         elif self._expected is not None and self.bad > self.options.budget * self._expected:
-            raise self.over_budget()  # whatever comes, it will not be less
+            # Whatever comes, it will not be less; a few more make the message telling.
+            if self.bad >= 10 + self.options.budget * self._expected:
+                raise self.over_budget()
 
     def absent(self, bad: Bad) -> None:
         self.report.seen += 1
@@ -213,30 +225,33 @@ class Account:
         self._overlaps.append(found)
 
     def over_budget(self) -> DataBudgetError:
-        examples = "".join(
-            f"\n  {bad.where}: {bad.name or 'row'}: {bad.reason}: {bad.detail}"
-            for bad in [b for b in self._skips if b.reason in self.report.skipped][:10]
-        )
         reasons = ", ".join(f"{c} {r}" for r, c in self.report.skipped.most_common(5))
         total = self._expected or self.report.seen
-        return DataBudgetError(
+        text = (
             f"{self.options.name}: {self.bad} bad records ({reasons}) in the first "
             f"{self.report.seen} of {total}; the budget {self.options.budget:g} allows "
-            f"{int(self.options.budget * total)}. Nothing was written. Mend the files (--check "
-            f"lists every bad record) or raise --budget.{examples}"
+            f"{int(self.options.budget * total)}. Nothing was written."
+        )
+        if self.options.out is None:
+            return DataBudgetError(text)
+        bad = [skip for skip in self._skips if skip.reason in self.report.skipped][:10]
+        examples = "".join(f"\n  {describe(skip)}" for skip in bad)
+        return DataBudgetError(
+            f"{text} Mend the files (--check lists every bad record) or raise --budget.{examples}"
         )
 
     def close(self) -> None:
-        """Raises DataBudgetError when too much was bad or nothing was good."""
+        """When too much was bad or nothing was good: raises, or notes it when only checking."""
         total = self._expected if self._expected is not None else self.report.seen
         if self.bad > self.options.budget * total:
-            raise self.over_budget()
-        if not self.report.records:
-            found = ", ".join(f"{c} {r}" for r, c in self.report.skipped.most_common(5))
-            raise DataBudgetError(
-                f"{self.options.name}: no usable record among {self.report.seen} "
-                f"({found or 'the files hold none'}); nothing was written"
+            self.report.failure = self.over_budget()
+        elif not self.report.records:
+            self.report.failure = DataBudgetError(
+                f"{self.options.name}: no usable record among {self.report.seen}; "
+                "nothing was written"
             )
+        if self.report.failure is not None and self.options.out is not None:
+            raise self.report.failure
 
     def write(self, folder: Path) -> None:
         """skips.jsonl and overlap.jsonl, when there is something to say."""
@@ -295,10 +310,12 @@ class Sink:
 
 def record_key(name: str) -> str:
     """A tar key from a file name: ASCII, no dots, short; a changed name gets part of its hash."""
+    name = name.encode("utf-8", "backslashreplace").decode()
     stem = name.rpartition(".")[0] or name
-    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in stem)
-    if plain == stem and len(plain) <= 80:
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_/") else "_" for c in stem)
+    if plain == stem and len(plain) <= 80 and "//" not in "/" + plain:
         return plain
+    plain = plain.replace("/", "_")
     return f"{plain[-60:]}-{key_of('record', name) % 2**64:016x}"
 
 
@@ -317,6 +334,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise SaveError(f"{temporary}: cannot be created ({error.strerror})") from None
+    for old in out.parent.glob(f".{out.name}.part-*"):
+        if old != temporary:
+            print(f"{old}: of another prepare, or of one that was killed", file=sys.stderr)
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _stop) if main_thread else None
     try:
         yield temporary
         if out.exists():
@@ -325,6 +347,13 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: object) -> None:
+    raise StopRequested("stopped; nothing was written, and the same command starts again")
 
 
 def ordered_map(
@@ -439,6 +468,8 @@ def build(plan: Plan, options: Options) -> Report:
     account = Account(options, len(plan.items) + len(plan.bad))
     account.report.notes = plan.notes
     evaluation = EvalImages(options.eval_against)
+    if evaluation.unreadable:
+        plan.notes.append(f"{evaluation.unreadable:,} evaluation images cannot be read")
     if options.out is None:
         _records(plan, options, account, evaluation, None)
         account.report.seconds = time.monotonic() - start
@@ -486,7 +517,7 @@ def _records(
             account.overlap(same, drop=options.drop_overlap)
             if options.drop_overlap:
                 continue
-        fields = {"image": item.name, **item.fields}
+        fields = {**item.fields, "image": item.name}
         if plan.stream == "pair":
             report.captions += len(item.fields["captions"])
         members = {
@@ -515,6 +546,12 @@ def in_writing_order(items: list[Item], name: str) -> Iterator[Item]:
 def split_by_content(digest: bytes, val_fraction: float) -> str:
     """The same content falls into the same split, whatever its name and whatever else is there."""
     return "val" if int.from_bytes(digest[:8], "big") < val_fraction * 2**64 else "train"
+
+
+def split_of_file(path: Path) -> str | None:
+    """The split that a file is named after: `captions.val.jsonl`, `train.jsonl`."""
+    last = path.stem.rpartition(".")[2]
+    return last if last in SPLITS else None
 
 
 def require(path: Path, what: str) -> Path:

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(report.to_dict(), indent=1))
     else:
         print("\n".join(report.lines()))
+    if report.failure is not None:
+        raise report.failure
     return 0
 
 

@@ -11,7 +11,7 @@ from vlbeit.data.prepare.build import Options, Plan, require
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures
 from vlbeit.data.prepare.rows import Bad, delimited, json_list, lines
-from vlbeit.errors import InputError
+from vlbeit.errors import ConfigError, InputError
 
 COCO_FOLDERS = ("train2014", "val2014", "train2017", "val2017", "images")
 FLICKR_FOLDERS = ("flickr30k-images", "flickr30k_images", "images")
@@ -54,6 +54,12 @@ def plan_coco(
         raise InputError(
             f"{root}: neither dataset_coco.json nor annotations/captions_*.json; name the files "
             "with --karpathy or --captions"
+        )
+    years = {year for path in captions for year in ("2014", "2017") if year in path.stem}
+    if len(years) > 1:
+        raise ConfigError(
+            f"{root}: captions of 2014 and of 2017, which are the same photos split differently; "
+            "name the files of one year with --captions"
         )
     for path in captions:
         _official(plan, table, require(path, "a captions_*.json of COCO"))

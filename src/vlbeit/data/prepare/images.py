@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbeit.data.prepare.build import SPLITS, Item, Options, Plan, require
+from vlbeit.data.prepare.build import SPLITS, Item, Options, Plan, require, split_of_file
 from vlbeit.data.prepare.locate import (
     BadPlace,
     Member,
@@ -51,6 +51,7 @@ def _rows(
     plan: Plan, table: Path, places: list[Path], classes: dict[int, str], options: Options
 ) -> None:
     pictures = Pictures(places, shards=table.parent, allow_absolute=options.allow_absolute)
+    named = split_of_file(table)
     for row in json_lines(table):
         if isinstance(row, Bad):
             plan.bad.append(row)
@@ -65,7 +66,7 @@ def _rows(
             detail = f"label {label!r} is not an integer"
             plan.bad.append(Bad(row.where, name, "bad_label", detail))
             continue
-        split = plan.split_of(values.pop("split", None), row.where, name, options)
+        split = plan.split_of(values.pop("split", None) or named, row.where, name, options)
         if split is None:
             continue
         try:

@@ -155,7 +155,7 @@ class Pictures:
         if shard is not None:
             shard = safe_name(shard, allow_absolute=self._allow_absolute)
             archive = (self._shards or Path()) / shard
-            if not archive.is_file():
+            if not os.path.isfile(archive):
                 raise BadPlace("no_image", f"the archive {archive} does not exist")
             place = self.archive(archive).get(name)
             if place is None:
@@ -164,7 +164,7 @@ class Pictures:
         for folder in self.places:
             if folder.is_dir():
                 path = folder / name
-                if path.is_file():
+                if os.path.isfile(path):
                     return Place(str(path))
             elif name in (members := self.archive(folder)):
                 return members[name]

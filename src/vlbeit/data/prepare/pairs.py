@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbeit.data.prepare.build import Options, Plan, require
+from vlbeit.data.prepare.build import Options, Plan, require, split_of_file
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures
 from vlbeit.data.prepare.rows import Bad, Row, delimited, json_lines, json_list
@@ -36,6 +36,7 @@ def plan_pairs(
             if isinstance(row, Bad):
                 plan.bad.append(row)
                 continue
+            row.values.setdefault("split", split_of_file(table))
             _add(captions, plan, row, image_column, caption_column)
         captions.finish(
             Pictures(places, shards=table.parent, allow_absolute=options.allow_absolute)

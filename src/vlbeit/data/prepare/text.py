@@ -21,6 +21,7 @@ from vlbeit.data.prepare.build import (
     new_folder,
     require,
     split_by_content,
+    split_of_file,
 )
 from vlbeit.data.prepare.rows import Bad, json_lines, opened
 from vlbeit.data.transforms import BadText, clean_text
@@ -83,11 +84,10 @@ def _text_file(path: Path, options: Options) -> TextFile:
     require(path, "a .txt or .jsonl file")
     if path.suffix not in (".txt", ".jsonl"):
         raise InputError(f"{path}: expected a .txt or .jsonl file")
-    match = re.fullmatch(r"(.+)\.([a-z]+)", path.stem)
-    if match and match[2] in SPLITS:
-        return TextFile(path, match[1], SPLITS[match[2]])
-    split = options.split or ("" if options.val_fraction else "train")
-    return TextFile(path, re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem), split)
+    stem, split = path.stem, options.split or ("" if options.val_fraction else "train")
+    if named := split_of_file(path):
+        stem, split = stem.removesuffix(named).rstrip(".") or options.name, SPLITS[named]
+    return TextFile(path, re.sub(r"[^A-Za-z0-9_-]+", "_", stem), split)
 
 
 class _Packer:
