@@ -35,6 +35,9 @@ from vlbeit.train.runfolder import process_start
 ORPHAN_GRACE = 6.0
 """Seconds a rank may still save after its launcher died; then it ends."""
 
+DYING = 2.0
+"""Seconds in which a rank that has just died is looked for."""
+
 _PR_SET_PDEATHSIG = 1
 
 _LOST = (
@@ -161,7 +164,12 @@ class World:
             raise LostWorkerError(self._lost_message(doing, error)) from error
 
     def _lost_message(self, doing: str, error: RuntimeError) -> str:
-        gone = [word for peer in self.peers if (word := self._fate(peer))]
+        # A dying process closes its sockets a moment before it shows as dead.
+        deadline = time.monotonic() + DYING
+        while not (gone := [fate for peer in self.peers if (fate := self._fate(peer))]):
+            if not self.peers or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
         who = "; ".join(gone) or "which one cannot be seen from here; see the launcher's report"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -32,6 +33,9 @@ class StopSignal:
         """Takes over SIGTERM and SIGINT for the rest of the process; main thread only."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
+        # The interpreter gives SIGTERM its deadly default back while it shuts down, and a launcher
+        # sends one to every rank as soon as the first has left: the exit code would be lost.
+        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
         return self
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:

@@ -25,12 +25,12 @@ from vlbeit.checkpoint import (
     verify_checkpoint,
 )
 from vlbeit.data.dataset import Dataset
-from vlbeit.data.records import verify_shards
+from vlbeit.data.verify import verify_data
 from vlbeit.errors import InputError
 from vlbeit.tensorfile import TensorInfo, read_header, refuse_pickle
 from vlbeit.train.runfolder import read_holder
 
-ROWS = ("metrics.jsonl", "ledger.jsonl", "skips.jsonl")
+ROWS = ("metrics.jsonl", "ledger.jsonl", "skips.jsonl", "eval.jsonl")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,11 +59,11 @@ def verify(path: Path) -> dict[str, Any]:
     table: dict[str, Callable[[Path], dict[str, Any]]] = {
         "checkpoint": verify_checkpoint,
         "run": _verify_run,
-        "dataset": _verify_dataset,
-        "shard": lambda shard: verify_shards([shard]),
+        "dataset": lambda folder: verify_data(str(folder)),
+        "shard": lambda shard: verify_data(str(shard)),
     }
     kind = _kind(path)
-    return {"path": str(path), "kind": kind, **table[kind](path)}
+    return {**table[kind](path), "path": str(path), "kind": kind}
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -138,21 +138,6 @@ def _verify_rows(path: Path) -> dict[str, Any]:
     return report
 
 
-def _verify_dataset(path: Path) -> dict[str, Any]:
-    problems: list[str] = []
-    sources: list[dict[str, Any]] = []
-    for source in Dataset.open(path).sources:
-        report = verify_shards(source.shards)
-        sources.append({"name": source.name, **report})
-        if report["listed"] != source.records:
-            problems.append(
-                f"source {source.name}: dataset.json promises {source.records} records, "
-                f"the shards hold {report['listed']}"
-            )
-    ok = not problems and all(source["ok"] for source in sources)
-    return {"ok": ok, "sources": sources, "problems": problems}
-
-
 def _verdict(report: dict[str, Any]) -> list[str]:
     """The report for a terminal: what is wrong, each on a line, then one line in all."""
     lines = list(report.get("problems", []))
@@ -166,10 +151,10 @@ def _verdict(report: dict[str, Any]) -> list[str]:
     counts = {
         "checkpoint": lambda: f"{len(report['files'])} files",
         "run": lambda: f"{len(report['checkpoints'])} checkpoints",
-        "dataset": lambda: f"{sum(s['used'] for s in report['sources'])} records",
+        "dataset": lambda: f"{report['used']} of {report['promised']} records",
         "shard": lambda: f"{report['used']} records",
     }[report["kind"]]()
-    verdict = "whole" if report["ok"] else f"DAMAGED ({len(lines)} problems)"
+    verdict = "whole" if report["ok"] else "DAMAGED"
     return [*lines, f"{report['path']}: {report['kind']} with {counts}: {verdict}"]
 
 
