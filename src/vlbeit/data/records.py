@@ -306,6 +306,15 @@ def local_shard(shard: str) -> Path:
         raise InputError(f"{shard}: cannot fetch it ({error})") from error
 
 
+def _is_writable(folder: Path) -> bool:
+    """Whether files may be added: by permission and by the folder's own mode.
+
+    Root has the permission everywhere; a folder that nobody was given leave to write is still
+    meant to stay as it is.
+    """
+    return os.access(folder, os.W_OK) and folder.stat().st_mode & 0o222 != 0
+
+
 def open_manifest(shard: str) -> Manifest:
     """The manifest of a shard; a shard without one is scanned and gets one.
 
@@ -333,7 +342,7 @@ def open_manifest(shard: str) -> Manifest:
         manifest = scan_shard(path)
     except OSError as error:
         raise InputError(f"{path}: cannot read the shard ({error.strerror})") from None
-    if os.access(path.parent, os.W_OK):
+    if _is_writable(path.parent):
         try:
             write_manifest(manifest, path, beside)
             return manifest
