@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
@@ -93,7 +93,7 @@ class Batch:
     def pick(self, places: list[int]) -> Batch:
         """The samples at the given places."""
         index = torch.tensor(places, dtype=torch.long)
-        picked = {
+        picked: dict[str, Any] = {
             name: value[index.to(value.device)]
             for name, value in vars(self).items()
             if isinstance(value, Tensor)

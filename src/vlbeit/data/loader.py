@@ -27,8 +27,6 @@ from vlbeit.types import STREAMS, Batch, Stream
 Cursors = dict[str, dict[str, int]]
 """Visits had, by stream and source: all the state of the data order. Plain JSON."""
 
-PROBED = 64
-"""Visits of a source that may all be bad before it counts as unusable."""
 JUDGED_FROM = 200
 """Visits of a source before its share of bad samples is judged."""
 
@@ -170,31 +168,6 @@ class StepLoader:
         return StepPlan(
             step=step, micro_batches=micro_batches, ledger=ledger, visits=counted, cursors=after
         )
-
-    def check_sources(self, cursors: Mapping[str, Mapping[str, int]]) -> None:
-        """Make sure at the start that every source can give a sample at all.
-
-        Raises:
-            DataBudgetError: the next 64 visits of a source (all records, if it has fewer) are
-                all bad; names the source and the reasons.
-        """
-        for name, order in self._orders.items():
-            for source, source_order in order.orders.items():
-                count = min(PROBED, len(source_order))
-                reasons: dict[str, int] = {}
-                for visit in source_order.visits(cursors[name][source], count):
-                    try:
-                        self._streams[name].sample(visit)
-                        break
-                    except BadSample as bad:
-                        reasons[bad.reason] = reasons.get(bad.reason, 0) + 1
-                        example = str(bad)
-                else:
-                    raise DataBudgetError(
-                        f"no usable sample in source {source} of the {name} stream: all of "
-                        f"{count} tried are bad ({_most_frequent(reasons)}), for example "
-                        f"{example}; check it with `vlbeit verify`"
-                    )
 
     def steps(
         self, cursors: Mapping[str, Mapping[str, int]], first: int, last: int

@@ -101,7 +101,7 @@ class RelativeBias(nn.Module):
 
     def forward(self, route: tuple[Span, ...], grid: tuple[int, int] | None) -> list[Tensor]:
         """One (1, H, L, L) bias per layer (the same tensor for every layer when shared)."""
-        table = self.table
+        table: Tensor = self.table
         if grid is not None and grid != self.grid:
             old, new = ((2 * g[0] - 1, 2 * g[1] - 1) for g in (self.grid, grid))
             image = resize_grid(table[: self.image_rows], old, new)

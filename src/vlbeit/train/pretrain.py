@@ -18,7 +18,9 @@ from vlbeit.checkpoint import (
 from vlbeit.config import PretrainConfig, to_dict
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.loader import SkipBudget, build_loader, build_streams
+from vlbeit.data.probe import check_sources
 from vlbeit.data.records import RecordSource
+from vlbeit.data.streams import TextStream
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.heldout import HeldOut
 from vlbeit.nn.model import VLBeit
@@ -93,6 +95,7 @@ def _pretrain(
 
     # ---- tokenizers and data
     sources = open_streams(config, "train")
+    world.on_main(lambda: check_sources(sources))
     paths = find_tokenizers(config, None if checkpoint is None else checkpoint.folder)
     if paths.missing():
         if world.main:
@@ -102,7 +105,7 @@ def _pretrain(
     text = TextTokenizer.load(paths.text)
     visual = load_visual_tokenizer(paths.visual).to(world.device) if needs_codes(config) else None
     check_tokenizers(config, text, visual)
-    streams = build_streams(config, sources, text)
+    streams = build_streams(config, sources, text, log=log)
     loader = build_loader(config, streams, rank=world.rank, world=world.size)
 
     # ---- model and optimizer
@@ -121,7 +124,6 @@ def _pretrain(
             nonfinite=checkpoint.state["nonfinite"],
         )
         budget = SkipBudget(config.input.skip_budget, checkpoint.state["budget"])
-    loader.check_sources(progress.cursors)
 
     # ---- the run folder
     held_out = HeldOut(config, text, visual)
@@ -136,6 +138,9 @@ def _pretrain(
         folder.write_json(
             "env.json", environment(world_size=world.size, threads=threads, device=world.device)
         )
+        if checkpoint is None:
+            for row in [row for s in streams if isinstance(s, TextStream) for row in s.skips()]:
+                folder.skips.append({"step": 0, **row})
         log(summary(config, model, sources, world, threads))
         if checkpoint is not None:
             log(f"going on from {checkpoint.folder} (step {checkpoint.step})")

@@ -107,7 +107,7 @@ def all_texts(sources: Mapping[Stream, Sequence[RecordSource]]) -> Iterator[str]
     What cannot be read or cleaned is left out here; training meets it again and counts it.
     """
     for stream in ("text", "pair"):
-        for source in sources.get(stream, ()):  # type: ignore[call-overload]
+        for source in sources.get(stream, ()):
             for index in range(len(source)):
                 try:
                     record = source.read(index)
