@@ -1,11 +1,10 @@
 """`vlbeit prepare`: public data sets' own files, and your own, become records.
 
-cli      arguments of each verb
-rows     JSONL, JSON lists, CSV and TSV, row by row
-locate   where the bytes of an image lie: folders and tar archives
-build    check every image, write shards, account for what was left out
-overlap  evaluation images that are found in the training images
-images, imagenet, pairs, coco, vg, urls, text: one file a family
+The way of a record: `cli` (words) -> one file a family (images, imagenet, pairs, coco, vg, urls;
+captions gathers what several rows say about one image), which reads `rows`, finds images with
+`locate` and returns a `plan` -> `build` opens every image, asks `overlap` whether an evaluation
+uses it, and writes it into the `folder`, while `account` keeps the books. Two families write
+without a plan: text, which has no images, and shards, which exist already.
 """
 
 from vlbeit.data.prepare.cli import main

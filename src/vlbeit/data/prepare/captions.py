@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from vlbeit.data.prepare.build import Item, Options, Plan
 from vlbeit.data.prepare.locate import BadPlace, Pictures
+from vlbeit.data.prepare.plan import Item, Options, Plan
 from vlbeit.data.prepare.rows import Bad
 from vlbeit.data.transforms import BadText, clean_text
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, NoReturn
 from vlbeit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vlbeit.data.prepare.build import Options, Plan, Report
+    from vlbeit.data.prepare.account import Report
+    from vlbeit.data.prepare.plan import Options, Plan
 
 EXAMPLES = """\
 examples:
@@ -167,7 +168,7 @@ def _shard_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(given: argparse.Namespace) -> "Options":
-    from vlbeit.data.prepare.build import Options
+    from vlbeit.data.prepare.plan import Options
 
     if given.out is None and not given.check:
         raise ConfigError(f"vlbeit prepare {given.verb}: --out DIR is missing (or use --check)")
@@ -204,7 +205,8 @@ def _options(given: argparse.Namespace) -> "Options":
 
 
 def _prepare(given: argparse.Namespace, options: "Options") -> "Report":
-    from vlbeit.data.prepare.build import build, refuse_existing
+    from vlbeit.data.prepare.build import build
+    from vlbeit.data.prepare.folder import refuse_existing
 
     if options.out is not None:
         refuse_existing(options.out)  # before hours of reading, not after

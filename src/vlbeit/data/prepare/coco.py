@@ -7,9 +7,9 @@ split; its train and restval are training, as in VLMo (paper.md section 4).
 from pathlib import Path
 from typing import Any
 
-from vlbeit.data.prepare.build import Options, Plan, require
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures
+from vlbeit.data.prepare.plan import Options, Plan, require
 from vlbeit.data.prepare.rows import Bad, delimited, json_list, lines
 from vlbeit.errors import ConfigError, InputError
 

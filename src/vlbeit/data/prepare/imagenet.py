@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vlbeit.data.prepare.build import Item, Options, Plan, require
 from vlbeit.data.prepare.locate import Member, is_image_name, walk_archive, walk_images
+from vlbeit.data.prepare.plan import Item, Options, Plan, require
 from vlbeit.data.prepare.rows import Bad, lines
 from vlbeit.errors import ConfigError, InputError
 

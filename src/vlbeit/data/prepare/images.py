@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbeit.data.prepare.build import SPLITS, Item, Options, Plan, require, split_of_file
 from vlbeit.data.prepare.locate import (
     BadPlace,
     Member,
@@ -14,6 +13,7 @@ from vlbeit.data.prepare.locate import (
     walk_archive,
     walk_images,
 )
+from vlbeit.data.prepare.plan import SPLITS, Item, Options, Plan, require, split_of_file
 from vlbeit.data.prepare.rows import Bad, json_lines
 from vlbeit.errors import InputError
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vlbeit.data.prepare.build import Options, Plan, require, split_of_file
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures
+from vlbeit.data.prepare.plan import Options, Plan, require, split_of_file
 from vlbeit.data.prepare.rows import Bad, Row, delimited, json_lines, json_list
 from vlbeit.errors import InputError
 

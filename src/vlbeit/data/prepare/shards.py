@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 from vlbeit.data.dataset import Dataset, SourceInfo
 from vlbeit.data.manifest import IMAGE_EXTENSIONS, Manifest
-from vlbeit.data.prepare.build import Account, Item, Options, Plan, Report, new_folder
+from vlbeit.data.prepare.account import Account, Report
 from vlbeit.data.prepare.captions import usable_captions
+from vlbeit.data.prepare.folder import new_folder
 from vlbeit.data.prepare.locate import Place
+from vlbeit.data.prepare.plan import Item, Options, Plan
 from vlbeit.data.prepare.rows import Bad
 from vlbeit.data.records import BadSample, RecordSource, expand_shards, local_shard, open_manifest
 from vlbeit.errors import ConfigError
@@ -40,7 +42,7 @@ def prepare_shards(by_split: dict[str, list[str]], options: Options) -> Report:
     manifests = {s: open_manifest(s) for shards in by_split.values() for s in shards}
     account = Account(options, sum(len(manifest) for manifest in manifests.values()))
     sources: list[SourceInfo] = []
-    with new_folder(options.out) as folder:
+    with new_folder(options.out) as (folder, _):
         for split, shards in by_split.items():
             place = f"{options.name} pair {split}"
             for shard in shards:

@@ -12,17 +12,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from vlbeit.data.dataset import Dataset
-from vlbeit.data.prepare.build import (
-    SPLITS,
-    Account,
-    Options,
-    Report,
-    Sink,
-    new_folder,
-    require,
-    split_by_content,
-    split_of_file,
-)
+from vlbeit.data.prepare.account import Account, Report
+from vlbeit.data.prepare.folder import Sink, new_folder
+from vlbeit.data.prepare.plan import SPLITS, Options, require, split_by_content, split_of_file
 from vlbeit.data.prepare.rows import Bad, json_lines, opened
 from vlbeit.data.transforms import BadText, clean_text
 from vlbeit.errors import InputError
@@ -63,8 +55,8 @@ def prepare_text(files: Sequence[str], documents: Documents, options: Options) -
         account.close()
         account.report.seconds = time.monotonic() - start
         return account.report
-    with new_folder(options.out) as folder:
-        sink = Sink(folder, options.per_shard, account.report)
+    with new_folder(options.out) as (folder, stop):
+        sink = Sink(folder, options.per_shard, account.report, stop)
         facts = _pack(inputs, documents, options, account, sink)
         sources = sink.close()
         account.close()

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from vlbeit.data.prepare.build import Options, Plan, require
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures, is_image_name, walk_archive, walk_images
 from vlbeit.data.prepare.pairs import rows_of
+from vlbeit.data.prepare.plan import Options, Plan, require
 from vlbeit.data.prepare.rows import Bad, json_lines, json_list, lines
 from vlbeit.errors import InputError
 

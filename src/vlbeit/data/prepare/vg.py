@@ -3,9 +3,9 @@
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from vlbeit.data.prepare.build import SPLITS, Options, Overlap, Plan, require
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures
+from vlbeit.data.prepare.plan import SPLITS, Options, Overlap, Plan, require
 from vlbeit.data.prepare.rows import Bad, json_list
 
 FOLDERS = ("VG_100K", "VG_100K_2", "images")
