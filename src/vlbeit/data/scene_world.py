@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw
 from vlbeit.draws import Draws
 
 COLOURS: Final = ("red", "green", "blue", "yellow", "purple", "orange")
-SHAPES: Final = ("circle", "square", "triangle", "star", "cross")
+SHAPES: Final = ("ring", "square", "triangle", "star", "cross")
 SIZES: Final = ("small", "large")
 TEXTURES: Final = ("plain", "striped", "dotted")
 COUNTS: Final = ("one", "two", "three")
@@ -32,6 +32,9 @@ PATTERNS: Final = ("flat", "lined", "barred", "checked", "shaded")
 
 SIDE: Final = 40
 """Units along a side of the picture, whatever its size in pixels."""
+STEP: Final = 4
+"""Figures are centred on a grid of this many units, so that a patch of 8 units shows few looks of a
+figure. A tiny model names shapes after a tenth of the steps that free positions cost it."""
 SUPERSAMPLE: Final = 4
 TWO_GROUPS: Final = 0.4
 """Share of scenes with two groups."""
@@ -52,7 +55,7 @@ _TONE_RGB: Final = {
     "brown": ((122, 96, 74), (82, 62, 46)),
     "pink": ((250, 214, 222), (220, 168, 182)),
 }
-_DIAMETER: Final = {"small": 9.5, "large": 14.0}
+_DIAMETER: Final = {"small": 9.0, "large": 13.0}
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Group:
     texture: str
     count: str
     place: str
-    spots: tuple[tuple[float, float], ...]
+    spots: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -116,40 +119,32 @@ def _draw_group(draws: Draws, place: str, wanted: Mapping[str, str]) -> Group:
     return Group(**drawn, place=place, spots=spots)
 
 
-def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[float, float], ...]:
-    """Centres such that figures do not touch and stay on their half of the picture.
+def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[int, int], ...]:
+    """Centres on a grid of `STEP` units such that figures do not touch and stay on their half.
 
-    A group at the left or right stands in a column, at the top or bottom in a row. Three large
-    figures only fit in zigzag: their centres swing by 2.8 units to both sides.
+    A group at the left or right stands in a column, at the top or bottom in a row, straight or in
+    zigzag; three large figures only fit in zigzag.
     """
-    u = draws.uniforms(5).tolist()
-    swing = u[0] - 0.5, u[1] - 0.5
     if place == "middle":
-        shift = (4 * swing[0], 4 * swing[1]) if count < 3 else (swing[0], swing[1])
-        if count == 3:
-            turn = math.pi / 2 if u[2] < 0.5 else -math.pi / 2
-            angles = [turn + k * 2 * math.pi / 3 for k in range(3)]
-            relative = [(8.6 * math.cos(a), 8.6 * math.sin(a)) for a in angles]
-        else:
-            apart = 8 + u[3] if count == 2 else 0.0
-            relative = [(apart * k, 0.0) for k in ((-1, 1) if count == 2 else (0,))]
-            if u[2] < 0.5:
-                relative = [(y, x) for x, y in relative]
-        return tuple((20 + x + shift[0], 20 + y + shift[1]) for x, y in relative)
+        sign = draws.choice((-1, 1))
+        relative = {
+            1: ((0, 0),),
+            2: ((-8, 0), (8, 0)),
+            3: ((0, -8 * sign), (-8, 4 * sign), (8, 4 * sign)),
+        }[count]
+        if draws.uniform() < 0.5:
+            relative = tuple((y, x) for x, y in relative)
+        return tuple((20 + x, 20 + y) for x, y in relative)
 
-    # `along` the column or row, `across` it
-    tight = count == 3 and size == "large"
-    pitch = {1: 0.0, 2: 15 + 3 * u[2], 3: 12.7 if tight else 11.5 + 1.5 * u[2]}[count]
-    zigzag = (2.8 if tight else 1.5 * u[3] if count > 1 else 0.0) * (1 if u[4] < 0.5 else -1)
-    along_shift = (8 * swing[0], 4 * swing[0], 0.4 * swing[0])[count - 1]
-    across_shift = (0.4 if tight else 3.0) * swing[1]
-    near = place in ("left", "top")
-    spots = []
-    for k in range(count):
-        along = 20 + along_shift + pitch * (k - (count - 1) / 2)
-        across = (10 if near else 30) + across_shift + zigzag * (-1) ** k
-        spots.append((across, along) if place in ("left", "right") else (along, across))
-    return tuple(spots)
+    shift = draws.choice((-STEP, 0, STEP)) if count < 3 else 0
+    along = [shift + at for at in ((20,), (12, 28), (8, 20, 32))[count - 1]]
+    first = draws.choice((8, 12))
+    straight = draws.uniform() < 0.5 and not (count == 3 and size == "large")
+    across = [first if straight or k % 2 == 0 else 20 - first for k in range(count)]
+    if place in ("right", "bottom"):
+        across = [SIDE - at for at in across]
+    pairs = zip(across, along, strict=True)
+    return tuple(pairs if place in ("left", "right") else ((x, y) for y, x in pairs))
 
 
 def paint(world: World, size: int = SIDE) -> Image.Image:
@@ -207,16 +202,17 @@ def _figure(
 ) -> tuple[Image.Image, Image.Image]:
     """One figure at full resolution: its colours (RGB) and its stencil (L, 0 or 255).
 
-    Stripes are lighter and dots darker than the figure, so the two differ at any size. Shapes of
-    one size have about the same area; no shape is wider than its diameter by more than 12 %.
+    Stripes are lighter and dots darker than the figure, so the two differ at any size. Figures of
+    one size have about the same area; none is wider than its diameter by more than 12 %.
     """
     radius = _DIAMETER[size] / 2 * scale
     half = math.ceil(radius * 1.15) + 1
     side = 2 * half
     stencil = Image.new("L", (side, side))
     pen = ImageDraw.Draw(stencil)
-    if shape == "circle":
+    if shape == "ring":  # a filled circle is easily taken for a square at nine pixels
         pen.ellipse(_box(half, radius), fill=255)
+        pen.ellipse(_box(half, radius * 0.45), fill=0)
     elif shape == "square":
         pen.rectangle(_box(half, radius * 0.88), fill=255)
     elif shape == "triangle":
@@ -241,7 +237,7 @@ def _figure(
         figure[np.abs((offsets + 0.8) % 3.2) < 1.6] = rgb + (255 - rgb) * 0.55
     elif texture == "dotted":
         near = np.abs(offsets % 4.0 - 2.0)
-        figure[near[:, None] ** 2 + near[None, :] ** 2 < 1.15**2] = rgb * 0.3
+        figure[near[:, None] ** 2 + near[None, :] ** 2 < 1.15**2] = rgb * 0.38
     return Image.fromarray(np.rint(figure).astype(np.uint8)), stencil
 
 
