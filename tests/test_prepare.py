@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw
 
 from vlbeit.data.dataset import Dataset, open_sources
 from vlbeit.data.prepare import main
+from vlbeit.data.prepare.cli import parser
 from vlbeit.data.prepare.folder import record_key
 from vlbeit.data.prepare.overlap import ALIKE, thumbnail
 from vlbeit.data.prepare.plan import split_by_content
@@ -91,6 +93,17 @@ def skips(folder: Path) -> Counter[str]:
 
 def facts(folder: Path) -> dict[str, Any]:
     return Dataset.open(folder).facts
+
+
+def books(folder: Path) -> dict[str, Any]:
+    """The report of a folder, after checking that everything seen is accounted for."""
+    report = facts(folder)["prepared"]
+    used = sum(report["records"].values())
+    left = sum(report["skipped"].values()) + report["absent"] + report["dropped"]
+    assert used + left == report["seen"]
+    listed = sum(source.records for source in Dataset.open(folder).sources)
+    assert listed == used
+    return report
 
 
 # Images -----------------------------------------------------------------------------------
@@ -272,7 +285,7 @@ def test_half_a_percent_of_bad_samples_goes_on_with_exact_counts(tmp_path):
         json.loads(r)["where"] for r in (tmp_path / "out/skips.jsonl").read_text().split("\n")[:2]
     ]
     assert set(wheres) == {f"{table}:18", f"{table}:251"}
-    report = facts(tmp_path / "out")["prepared"]
+    report = books(tmp_path / "out")
     assert report["seen"] == 400 and report["skipped"] == {"not_an_image": 2}
 
 
@@ -606,7 +619,7 @@ def test_visual_genomes_phrases_become_captions_and_cocos_test_photos_can_be_lef
     prepare("vg", tmp_path / "in", "--karpathy", split, "--out", tmp_path / "clean")
     kept = by_image(tmp_path / "clean", "pair", "train")
     assert set(kept) == {"VG_100K/1.jpg", "VG_100K_2/3.jpg"}  # 2 is COCO 4, Karpathy's val
-    report = facts(tmp_path / "clean")["prepared"]
+    report = books(tmp_path / "clean")
     assert report["dropped"] == 1 and report["overlap"] == {"coco_id": 1}
 
 
@@ -628,7 +641,7 @@ def test_cc3m_rows_without_a_file_are_counted_and_are_no_fault(tmp_path):
     found = by_image(tmp_path / "out", "pair", "train")
     assert found["files/0003.jpg"]["captions"] == ['a "quoted caption 3'] and len(found) == 4
     assert skips(tmp_path / "out") == {"no_image": 6}
-    report = facts(tmp_path / "out")["prepared"]
+    report = books(tmp_path / "out")
     assert report["absent"] == 6 and report["seen"] == 10 and report["skipped"] == {}
 
 
@@ -651,7 +664,7 @@ def test_vilts_folder_of_cc3m_is_read_as_it_is(tmp_path):
     prepare("cc3m", tmp_path / "in", "--out", tmp_path / "out")
     (found,) = by_image(tmp_path / "out", "pair", "train").values()
     assert found["captions"] == ["a dog"]
-    assert facts(tmp_path / "out")["prepared"]["absent"] == 1
+    assert books(tmp_path / "out")["absent"] == 1
 
 
 def test_both_forms_of_sbus_list_give_the_same_records(tmp_path):
@@ -713,7 +726,7 @@ def test_a_val_image_that_is_in_train_too_is_reported_without_being_asked(tmp_pa
     put(tmp_path / "in/train/b.png", drawn(1))
     put(tmp_path / "in/val/c.png", drawn(0))
     prepare("images", tmp_path / "in", "--out", tmp_path / "out")
-    assert facts(tmp_path / "out")["prepared"]["overlap"] == {"file": 1}
+    assert books(tmp_path / "out")["overlap"] == {"file": 1}
 
 
 def test_flat_pictures_have_no_look_by_which_they_could_be_mistaken():
@@ -771,6 +784,19 @@ def test_a_folder_without_a_usable_image_is_refused_by_name(tmp_path):
     put(tmp_path / "in/readme.md", "nothing here")
     with pytest.raises(InputError, match=str(tmp_path / "in")):
         prepare("images", tmp_path / "in", "--out", tmp_path / "out")
+
+
+def test_every_command_of_the_guide_is_one_that_the_parser_takes(root):
+    guide = (root / "docs/data.md").read_text()
+    commands = [
+        line.split(" ", 2)[2] for line in guide.splitlines() if line.startswith("vlbeit prepare ")
+    ]
+    assert len(commands) > 12
+    for command in commands:
+        if command.startswith("NAME"):
+            continue
+        given = parser().parse_args(shlex.split(command))
+        assert given.out is not None, command
 
 
 @pytest.mark.fault

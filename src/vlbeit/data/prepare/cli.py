@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     Returns 0. Raises VLBeitError with the exit code: 65 for more bad records than the budget,
     66 for missing files, 78 for wrong settings.
     """
-    given = _parser().parse_args(list(argv))
+    given = parser().parse_args(list(argv))
     if given.verb == "scenes":
         from vlbeit.data.scenes import prepare_scenes
 
@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parser() -> Parser:
+def parser() -> Parser:
+    """Of all verbs."""
     parser = Parser(
         prog="vlbeit prepare",
         description="Turn files into records: a dataset folder that training reads.",
