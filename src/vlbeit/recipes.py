@@ -51,6 +51,7 @@ def tiny() -> PretrainConfig:
         batch=BatchConfig(images=32, texts=16, pairs=64, micro=64),
         masking=MaskingConfig(min_block=2),
         optim=OptimConfig(lr=2e-3, warmup_steps=200, total_steps=3_000),
+        log=LogConfig(print_every=50, eval_every=250),
         tokenizers=TokenizersConfig(
             train_text=TextTokenizerConfig(kind="wordpiece", vocab=512, lowercase=True),
             train_visual=VisualTokenizerConfig(
@@ -80,7 +81,7 @@ def small() -> PretrainConfig:
     return PretrainConfig(
         recipe="small",
         run_dir="runs/small",
-        max_steps=12_000,
+        max_steps=6_000,
         save_every=500,
         precision="bf16",
         model=ModelConfig(
@@ -105,8 +106,8 @@ def small() -> PretrainConfig:
         ),
         batch=BatchConfig(images=32, texts=16, pairs=64, micro=64),
         masking=MaskingConfig(min_block=6),
-        optim=OptimConfig(lr=1e-3, warmup_steps=500, total_steps=12_000),
-        log=LogConfig(print_every=50),
+        optim=OptimConfig(lr=1e-3, warmup_steps=400, total_steps=6_000),
+        log=LogConfig(print_every=50, eval_every=500),
         tokenizers=TokenizersConfig(
             train_text=TextTokenizerConfig(kind="wordpiece", vocab=8192, lowercase=True),
             train_visual=VisualTokenizerConfig(
@@ -121,8 +122,8 @@ def small() -> PretrainConfig:
                 crop=CropConfig(scale=(0.3, 1.0), jitter=0.0),
                 batch=64,
                 lr=5e-4,
-                warmup_steps=200,
-                total_steps=4_000,
+                warmup_steps=100,
+                total_steps=2_000,
             ),
         ),
     )

@@ -92,7 +92,13 @@ def train_missing_tokenizers(
 
         pictures = list(sources.get("image") or sources.get("pair") or ())
         train_visual_tokenizer(
-            visual, pictures, paths.visual, seed=config.seed, device=device, log=row
+            visual,
+            pictures,
+            paths.visual,
+            seed=config.seed,
+            device=device,
+            log=row,
+            precision=config.precision,
         )
         log(f"visual tokenizer in {paths.visual}")
 
