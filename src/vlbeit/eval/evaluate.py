@@ -1,5 +1,6 @@
 """Did it learn to look? Held-out scores per objective and the sighted / blind gap of pairs."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from vlbeit.data.dataset import Dataset
 from vlbeit.data.records import BadSample
 from vlbeit.errors import InputError
 from vlbeit.eval.bootstrap import RESAMPLES, Estimate, difference, ratio, resample_counts
-from vlbeit.eval.heldout import batches_of, held_out_streams, need_streams, visits_of
+from vlbeit.eval.heldout import batches_of, held_out_streams, last_of, need_streams, visits_of
 from vlbeit.eval.scoring import (
     Rows,
     image_rows,
@@ -121,6 +122,9 @@ def evaluate_run(
         another image and none, and for patches with the right text, another and none, and the
         differences with paired intervals. attributes: where the data names attribute words.
 
+    Hidden words are all shown as [MASK] (see `evaluation_config`). Bad samples are left out and
+    named under `skipped`.
+
     Raises:
         InputError: nothing to evaluate on.
     """
@@ -137,9 +141,14 @@ def evaluate_run(
     bf16 = config.precision == "bf16"
     with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
         for name, stream in streams.items():
-            previous: Batch | None = None
+            visits = visits_of(stream, samples)
+            # The samples stand in a ring: the first one's neighbour is the last one, whatever
+            # the batch size.
+            previous = last_of(stream, visits) if name == "pair" else None
+            if previous is not None:
+                previous = previous.to(run.device)
             seen[name] = 0
-            for batch in batches_of(stream, visits_of(stream, samples), batch_size, bad):
+            for batch in batches_of(stream, visits, batch_size, bad):
                 batch = batch.to(run.device)
                 if run.visual is not None and batch.pixels is not None:
                     batch = batch.with_codes(run.visual.encode(batch.pixels))
@@ -149,8 +158,8 @@ def evaluate_run(
                     ask("mlm", text_rows(run.model, batch), before)
                 elif name == "image" and run.visual is not None:
                     ask("mim", image_rows(run.model, batch), before)
-                elif name == "pair":
-                    ask_pair(run, batch, previous, lambda n, r, b=before: ask(n, r, b))
+                elif name == "pair" and previous is not None:
+                    ask_pair(run, batch, previous, functools.partial(ask, before=before))
                     previous = batch
     if not any(seen.values()):
         raise InputError(f"all {len(bad)} held-out samples are bad, for example {bad[0]}")
@@ -159,39 +168,40 @@ def evaluate_run(
 
 
 def ask_pair(
-    run: LoadedRun, batch: Batch, previous: Batch | None, ask: Callable[[str, Rows], None]
+    run: LoadedRun, batch: Batch, previous: Batch, ask: Callable[[str, Rows], object]
 ) -> None:
-    """Both modalities of a pair batch under all conditions."""
+    """Both modalities of a pair batch under all conditions.
+
+    `previous` ends with the neighbour of the batch's first sample. A sample that has only itself
+    as a neighbour is not asked with another's picture or text.
+    """
     model = run.model
+    has_other = previous.sample_ids[-1] != batch.sample_ids[0]
     ask("sighted", pair_word_rows(model, batch))
-    if len(batch) > 1 or previous is not None:
-        assert batch.pixels is not None
-        other = None if previous is None or previous.pixels is None else previous.pixels[-1:]
-        ask("blind", pair_word_rows(model, batch, neighbour(batch.pixels, other)))
+    if has_other:
+        assert batch.pixels is not None and previous.pixels is not None
+        ask("blind", pair_word_rows(model, batch, neighbour(batch.pixels, previous.pixels[-1:])))
     ask("no_image", text_rows(model, batch))
     if run.visual is None:
         return
     ask("with_text", pair_patch_rows(model, batch))
-    if len(batch) > 1 or previous is not None:
+    if has_other:
         ask("other_text", pair_patch_rows(model, batch, other_texts(batch, previous)))
     ask("no_text", image_rows(model, batch))
 
 
-def other_texts(batch: Batch, previous: Batch | None) -> tuple[torch.Tensor, torch.Tensor]:
+def other_texts(batch: Batch, previous: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Each sample's predecessor's words; widths differ between batches, so pad to the wider."""
     assert batch.words is not None and batch.word_valid is not None
-    words, valid = batch.words, batch.word_valid
-    if previous is None:
-        return neighbour(words, None), neighbour(valid, None)
     assert previous.words is not None and previous.word_valid is not None
-    width = max(words.shape[1], previous.words.shape[1])
+    width = max(batch.words.shape[1], previous.words.shape[1])
 
     def widen(value: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad(value, (0, width - value.shape[1]))
 
     return (
-        neighbour(widen(words), widen(previous.words)[-1:]),
-        neighbour(widen(valid), widen(previous.word_valid)[-1:]),
+        neighbour(widen(batch.words), widen(previous.words)[-1:]),
+        neighbour(widen(batch.word_valid), widen(previous.word_valid)[-1:]),
     )
 
 
@@ -314,11 +324,11 @@ def word_ids(text: TextTokenizer, names: Sequence[str]) -> np.ndarray:
 def attribute_row(
     words: Mapping[str, Rows], ids: np.ndarray, samples: int, counts: np.ndarray
 ) -> dict[str, Any]:
-    sighted, blind = (words[n].where(np.isin(words[n].answer, ids)) for n in ("sighted", "blind"))
-    found = measured(sighted, samples, counts)
+    """The accuracy under each condition, on hidden words that are among `ids`."""
+    asked = {name: rows.where(np.isin(rows.answer, ids)) for name, rows in words.items()}
+    found = {name: measured(rows, samples, counts) for name, rows in asked.items()}
     return {
-        "count": found["count"],
-        "sighted": found["accuracy"],
-        "blind": measured(blind, samples, counts)["accuracy"],
-        "prior": found["top_share"],
+        "count": found["sighted"]["count"],
+        **{name: row["accuracy"] for name, row in found.items()},
+        "prior": found["sighted"]["top_share"],
     }

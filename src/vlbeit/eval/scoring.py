@@ -106,10 +106,6 @@ def pair_patch_rows(
     return predict_rows(model, states, "mim", wanted, codes[masked])
 
 
-def neighbour(value: Tensor, last: Tensor | None) -> Tensor:
-    """Each sample gets the value of the sample before it; the first one that of `last`.
-
-    Without a `last` (the first batch) it takes its successor's, so nobody keeps its own.
-    """
-    first = value[1:2] if last is None else last
-    return torch.cat((first, value[:-1]))
+def neighbour(value: Tensor, last: Tensor) -> Tensor:
+    """Each sample gets the value of the one before it; the first gets that of `last`, (1, ...)."""
+    return torch.cat((last, value[:-1]))

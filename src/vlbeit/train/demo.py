@@ -1,0 +1,256 @@
+"""`vlbeit demo`: the first minutes. Draw a small world, train on it, show what was learned.
+
+vlbeit demo --run-dir runs/demo
+
+    report.html    the page to look at
+    metrics.json   the figures; phases.json: seconds of each phase
+    scenes/        the drawn world and its text tokenizer
+    pretrain/      the run folder, the visual tokenizer included
+
+The same command on the same folder goes on where it was stopped.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vlbeit import __version__
+from vlbeit.config import PretrainConfig, digest
+from vlbeit.data.dataset import Dataset
+from vlbeit.data.manifest import write_atomic
+from vlbeit.data.scene_world import SIDE
+from vlbeit.data.scenes import WORLD_VERSION, prepare_scenes
+from vlbeit.errors import ConfigError
+from vlbeit.eval.cli import show
+from vlbeit.eval.evaluate import evaluate_run, load_run
+from vlbeit.eval.report import duration, read_rows, write_report
+from vlbeit.recipes import tiny
+from vlbeit.train.distributed import init_world, set_threads
+from vlbeit.train.pretrain import open_streams, pretrain
+from vlbeit.train.runfolder import RunFolder
+from vlbeit.train.tokenizers import find_tokenizers, train_missing_tokenizers
+from vlbeit.validate import validate
+
+COUNT = 8_000
+"""Scenes of each stream; the recipe's 3,000 steps see every pair 24 times."""
+EVALUATIONS = 12
+"""Held-out evaluations along the way, for the curves."""
+PHASES = {
+    "prepare": "draw the scenes, train the text tokenizer",
+    "visual_tokenizer": "train the visual tokenizer",
+    "pretrain": "pretrain",
+    "evaluate": "evaluate on held-out scenes",
+    "report": "write the report",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit code; errors are raised as VLBeitError."""
+    parser = argparse.ArgumentParser(
+        prog="vlbeit demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=COUNT, help="scenes of each stream")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--precision", default="", choices=("fp32", "bf16"))
+    parser.add_argument("--max-steps", type=int, help="stop pretraining earlier")
+    args = parser.parse_args(argv)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("the demo is one process; start it without torchrun")
+    config = tiny()
+    config = replace(
+        config,
+        seed=args.seed,
+        device=args.device,
+        precision=args.precision or config.precision,
+        max_steps=config.max_steps if args.max_steps is None else args.max_steps,
+    )
+    run_demo(args.run_dir, config, args.count)
+    return 0
+
+
+def run_demo(folder: Path, config: PretrainConfig, count: int = COUNT) -> dict[str, Any]:
+    """Run, or go on with, the demo in `folder`; returns what metrics.json holds.
+
+    Args:
+        config: a pretraining recipe; folder, data and logging are set here.
+
+    Raises:
+        ConfigError: the folder holds a demo with another count or seed.
+        VLBeitError: whatever ends a phase early; see `pretrain`.
+    """
+    every = evaluation_steps(config.max_steps)
+    config = replace(
+        config,
+        run_dir=str(folder / "pretrain"),
+        data=(str(folder / "scenes"),),
+        log=replace(config.log, eval_every=every),
+    )
+    validate(config)
+    with RunFolder(folder) as demo:
+        clock = PhaseClock(folder / "phases.json")
+        with clock.phase("prepare"):
+            prepare(folder / "scenes", count, config.seed, demo)
+        with clock.phase("visual_tokenizer"):
+            train_tokenizers(config, demo)
+        with clock.phase("pretrain"), own_signals():
+            pretrain(config)
+        with clock.phase("evaluate"):
+            run = load_run(folder / "pretrain", config.device, demo.log)
+            evaluation = evaluate_run(run)
+        with clock.phase("report"):
+            write_report(
+                folder / "pretrain",
+                evaluation,
+                folder / "report.html",
+                run=run,
+                seconds=clock.in_words(),
+                title="VL-BEiT in a drawn world",
+            )
+        evals = read_rows(folder / "pretrain" / "eval.jsonl")
+        env = json.loads((folder / "pretrain" / "env.json").read_text())
+        metrics = metrics_of(evaluation, evals, run.config, clock.seconds, env)
+        write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
+        show(evaluation, Console())
+        for words, seconds in clock.in_words().items():
+            demo.log(f"{duration(seconds):>12}  {words}")
+        demo.log(f"{duration(sum(clock.seconds.values())):>12}  together")
+        demo.log(f"figures: {folder / 'metrics.json'}")
+        demo.log(f"report:  {(folder / 'report.html').absolute()}")
+    return metrics
+
+
+@contextlib.contextmanager
+def own_signals() -> Iterator[None]:
+    """`pretrain` takes SIGTERM and SIGINT over, to save before it stops; what comes after it has
+    nothing to save and stops at once again."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+class PhaseClock:
+    """Seconds by phase, kept in a file so that an interrupted demo adds up."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: dict[str, float] = {}
+        if path.is_file():
+            self.seconds = {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+
+    def in_words(self) -> dict[str, float]:
+        """The same with the names a person reads."""
+        return {words: self.seconds[name] for name, words in PHASES.items() if name in self.seconds}
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time inside to the phase, one of PHASES, also when it ends by an error."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+            write_atomic(self._path, json.dumps(self.seconds, indent=1).encode() + b"\n")
+
+
+def evaluation_steps(steps: int) -> int:
+    """Steps between evaluations: at most EVALUATIONS of them, the last one after the last step."""
+    first = max(1, -(-steps // EVALUATIONS))
+    return next((n for n in range(first, steps + 1) if steps % n == 0), 1)
+
+
+def prepare(out: Path, count: int, seed: int, demo: RunFolder) -> None:
+    """Draw the scenes, unless they are there.
+
+    Raises:
+        ConfigError: the scenes that are there are others.
+    """
+    wanted = {"world": WORLD_VERSION, "seed": seed, "count": count, "size": SIDE}
+    if not (out / "dataset.json").is_file():
+        demo.log(f"drawing {count} scenes for each stream")
+        prepare_scenes(out, count, seed)
+        demo.log(f"scenes and text tokenizer in {out}")
+        return
+    facts = Dataset.open(out).facts
+    differ = [
+        f"{name} was {facts.get(name)!r} and is {value!r}"
+        for name, value in wanted.items()
+        if facts.get(name) != value
+    ]
+    if differ:
+        raise ConfigError(
+            f"{out} holds the scenes of another demo: {'; '.join(differ)}. Give the same "
+            "settings, or another --run-dir"
+        )
+    demo.log(f"scenes are there: {out}")
+
+
+def train_tokenizers(config: PretrainConfig, demo: RunFolder) -> None:
+    """What `pretrain` would do first; done here so that its time is shown by itself."""
+    paths = find_tokenizers(config, None)
+    if paths.missing():
+        world = init_world(config.device, config.runtime.step_timeout)
+        set_threads(config.runtime.threads, world.local_size)
+        train_missing_tokenizers(
+            config, paths, open_streams(config, "train"), world.device, demo.log
+        )
+
+
+def metrics_of(
+    evaluation: Mapping[str, Any],
+    evals: list[dict[str, Any]],
+    config: PretrainConfig,
+    seconds: Mapping[str, float],
+    env: Mapping[str, Any],
+) -> dict[str, Any]:
+    """metrics.json: shares in [0, 1], losses in nats, times in seconds.
+
+    `mvlm_word_accuracy` is the headline figure over hidden attribute words; `blind` is with
+    another picture, `prior` the share of the most frequent word of the same kind.
+    """
+    attributes, mim = evaluation["attributes"], evaluation["objectives"]["mim"]
+
+    def flat(row: Mapping[str, Any]) -> dict[str, Any]:
+        conditions = [name for name in ("sighted", "blind", "no_image") if name in row]
+        return {
+            **{name: row[name]["value"] for name in conditions},
+            "prior": row["prior"],
+            "count": row["count"],
+            "intervals": {name: [row[name]["low"], row[name]["high"]] for name in conditions},
+        }
+
+    def losses(row: Mapping[str, Any]) -> dict[str, float]:
+        return {name: found["loss"] for name, found in row["objectives"].items()}
+
+    return {
+        "pretrain": {
+            "mvlm_word_accuracy": {**flat(attributes), "kinds_counted": attributes["headline"]},
+            "mvlm_word_accuracy_by_kind": {k: flat(r) for k, r in attributes["kinds"].items()},
+            "mim_accuracy": mim["accuracy"]["value"],
+            "mim_accuracy_interval": [mim["accuracy"]["low"], mim["accuracy"]["high"]],
+            "mim_top_code_share": mim["top_share"],
+            "held_out_loss": {"start": losses(evals[0]), "end": losses(evals[-1])},
+            "steps": evaluation["step"],
+            "samples": evaluation["samples"],
+        },
+        "seconds": {**seconds, "together": sum(seconds.values())},
+        "config_digest": digest(config),
+        "versions": {"vlbeit": __version__, **{k: v for k, v in env["versions"].items() if v}},
+        "device": env["device"],
+    }
