@@ -74,5 +74,5 @@ def test_a_full_disk_and_a_blind_gpu_build_are_problems(report):
 
 
 def test_a_module_is_traced_to_the_extra_that_brings_it():
-    assert doctor.extra_of("matplotlib.pyplot") == "report"
+    assert doctor.extra_of("tensorboard.compat") == "train"
     assert doctor.extra_of("torch") is None

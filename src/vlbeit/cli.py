@@ -53,6 +53,10 @@ VERBS: dict[str, Verb] = {
         "fill in hidden words and hidden patches",
         "vlbeit.eval.predict:main",
     ),
+    "report": Verb(
+        "one page about a run: curves, filled-in words and patches, tables",
+        "vlbeit.eval.report:main",
+    ),
     "bench": Verb(
         "time a pretraining step and the data loading on this machine",
         "vlbeit.train.bench:main",

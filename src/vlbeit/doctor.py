@@ -19,7 +19,6 @@ from vlbeit import __version__
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tensorboard", "sentencepiece"),
-    "report": ("matplotlib",),
     "serve": ("starlette", "uvicorn", "python_multipart"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hf": ("transformers",),
