@@ -1,0 +1,435 @@
+"""Training of the visual tokenizer (VQ-KD): one loop, watched for a collapsing codebook."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlbeit.config import InputConfig, OptimConfig, VisualTokenizerConfig, to_dict
+from vlbeit.data.order import SourceOrder, StreamOrder, Visit
+from vlbeit.data.records import BadSample, RecordSource
+from vlbeit.data.transforms import BadImage, augment, decode_image, plain
+from vlbeit.draws import Draws
+from vlbeit.errors import DataBudgetError, InputError, NonFiniteError
+from vlbeit.nn.weights import STD, initialise
+from vlbeit.tokens.quantizer import CodeUse, code_use
+from vlbeit.tokens.teachers import PIXELS, Teacher, build_teacher
+from vlbeit.tokens.visual import VisualTokenizer
+from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
+from vlbeit.train.distributed import World
+from vlbeit.train.optim import decays, lr_at, set_lr
+from vlbeit.validate import validate_tokenizer
+
+LOG_EVERY = 20
+"""Steps between two rows of the log."""
+START_SAMPLES = 8
+"""k-means starts from at least this many patch vectors a code."""
+LOW_USE = 0.5
+"""Below this share of used codes the log raises an alarm."""
+CACHE_BYTES = 512 << 20
+"""Decoded pictures kept in memory; a larger set is decoded again at each visit."""
+FINAL_IMAGES = 2048
+"""Pictures on which the finished tokenizer's use of codes is measured."""
+AHEAD = 2
+"""Batches prepared while the model works."""
+JUDGED_FROM = 200
+"""Visits before the share of bad pictures is held against the budget."""
+
+TRUNCATED = 0.5396
+"""Standard deviation of a standard normal cut off at -1 and 1."""
+
+Log = Callable[[dict[str, Any]], None]
+
+
+class PictureReader:
+    """Pictures of some sources: decoded once if there is room, bad ones counted by name."""
+
+    def __init__(self, sources: Sequence[RecordSource], skip_budget: float, log: Log) -> None:
+        self._sources = {source.name: source for source in sources}
+        self._kept: dict[tuple[str, int], np.ndarray] = {}
+        self._bytes = 0
+        self._budget = skip_budget
+        self._log = log
+        self._bad: dict[tuple[str, int], str] = {}
+        self._visits = 0
+
+    def picture(self, source: str, index: int) -> np.ndarray | None:
+        """(H, W, 3) uint8; None for a bad record, which is logged at its first visit.
+
+        Raises:
+            DataBudgetError: the share of bad records is above the budget.
+        """
+        key = (source, index)
+        self._visits += 1
+        if key in self._kept:
+            return self._kept[key]
+        if key in self._bad:
+            return None
+        try:
+            image = decode_image(self._sources[source].read(index).image())
+        except BadSample as sample:
+            self._refuse(key, sample.shard, sample.member, sample.reason)
+            return None
+        except BadImage as bad:
+            shard, _, member = self._sources[source].label(index).partition(":")
+            self._refuse(key, shard, member, bad.reason)
+            return None
+        if self._bytes + image.nbytes <= CACHE_BYTES:
+            self._kept[key] = image
+            self._bytes += image.nbytes
+        return image
+
+    def _refuse(self, key: tuple[str, int], shard: str, member: str, reason: str) -> None:
+        self._bad[key] = reason
+        self._log({"skipped": f"{shard}:{member}", "source": key[0], "reason": reason})
+        allowed = self._budget * self._visits
+        judged = self._visits >= JUDGED_FROM or self._budget == 0
+        # Three standard errors, so that a cluster of bad records in a good source stops nothing.
+        if judged and len(self._bad) > allowed + 3 * allowed**0.5:
+            raise DataBudgetError(
+                f"source {key[0]}: {len(self._bad)} bad pictures in the first {self._visits} "
+                f"visits, the last for {reason} ({shard}:{member}); input.skip_budget allows "
+                f"{self._budget:.2%}. Repair the source or raise the budget"
+            )
+
+
+def train_visual_tokenizer(
+    config: VisualTokenizerConfig,
+    sources: Sequence[RecordSource],
+    out: Path,
+    *,
+    seed: int,
+    device: torch.device | str,
+    log: Log,
+    max_steps: int | None = None,
+    input: InputConfig | None = None,
+    precision: str = "fp32",
+    world: World | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> VisualTokenizer:
+    """Train on the pictures of `sources` and save into the folder `out`.
+
+    The same config, pictures and seed give the same tokenizer (on one device and thread count).
+    Every rank of `world` takes a slice of each batch; gradients and codebook are those of the
+    whole batch.
+
+    Args:
+        log: gets a row every 20 steps (`step`, `loss`, `pixel_loss`, `feature_loss`,
+            `commitment`, `used`, `perplexity`, `entropy`, `top_code_share`, `revived`, `lr`,
+            `pictures_per_second`), rows with `alarm` when few codes are used, rows with
+            `skipped` for bad pictures, and one with `done` at the end.
+        max_steps: stop earlier; the learning-rate schedule keeps its length.
+        input: order and budget for bad pictures.
+        precision: "bf16" runs the network under autocast; the lookup stays in fp32.
+        world: ranks that take part; None: this process alone.
+        stop: asked after every step; True ends the training early.
+
+    Raises:
+        ConfigError: settings that do not fit together.
+        InputError: no pictures.
+        DataBudgetError: too many bad pictures.
+        NonFiniteError: a loss that is no number.
+    """
+    validate_tokenizer(config, "tokenizer")
+    world = world or World(device=torch.device(device))
+    input = input or InputConfig()
+    if not sources:
+        raise InputError("visual tokenizer: no source with pictures; look at --data")
+    say: Log = log if world.main else _silent
+    reader = PictureReader(sources, input.skip_budget, say)
+
+    # ---- model
+    teacher = build_teacher(config.teacher)
+    model = VQKD(config, None if teacher is None else teacher.width)
+    _initialise(model, seed)
+    model.to(device)
+    if teacher is not None:
+        teacher = teacher.to(device)
+    model.codebook.across_ranks = world.size > 1
+    optim = OptimConfig(
+        lr=config.lr,
+        min_lr=config.min_lr,
+        warmup_steps=config.warmup_steps,
+        total_steps=config.total_steps,
+    )
+    optimizer = torch.optim.AdamW(_groups(model, config), betas=config.betas, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # ---- data
+    orders = [SourceOrder(s.name, s.sizes, seed, input.shuffle_window) for s in sources]
+    weights = {order.name: float(len(order)) for order in orders}
+    steps = min(max_steps or config.total_steps, config.total_steps)
+    batches = _batches(config, StreamOrder(orders, weights), reader, seed, world, steps)
+
+    # ---- go
+    window = torch.zeros(config.codes, dtype=torch.float64, device=device)
+    watch = _Watch(config, say)
+    revived, since, shown_pictures = 0, time.monotonic(), 0
+    step, started = 0, False
+    for step, pixels in enumerate(batches, start=1):
+        pixels = pixels.to(device, non_blocking=True)
+        # Until the warmup is over the encoder learns without the codebook; see VQKD.forward.
+        coded = step > config.warmup_steps or not config.kmeans_iterations
+        if coded and not started:
+            started = True
+            _start_codebook(model, config, orders, reader, seed, world, device)
+        set_lr(optimizer, lr_at(step, optim))
+        counted = world.sum_over_ranks(torch.tensor([float(len(pixels))], device=device))
+        with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16"):
+            features = None if teacher is None else _features(teacher, model, pixels)
+            losses = model(pixels, features, coded=coded)
+        # The mean over the pictures of all ranks, which may hold different numbers of them.
+        share = len(pixels) / float(counted)
+        optimizer.zero_grad(set_to_none=True)
+        (losses.total * share).backward()
+        _sum_gradients(parameters, world)
+        torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
+        optimizer.step()
+
+        quantized = losses.quantized
+        draws = Draws(seed, "revive", step)
+        if coded:
+            window += model.codebook.update(quantized.units, quantized.codes)
+            revived += model.codebook.revive(
+                quantized.units, quantized.codes, draws, config.revive_below
+            )
+        shown_pictures += int(counted)
+        if step % LOG_EVERY == 0 or step == steps:
+            values = [losses.total, losses.pixels, losses.features, quantized.commitment]
+            means = world.sum_over_ranks(torch.stack([v.detach().float() for v in values]) * share)
+            total, pixel, feature, commitment = means.tolist()
+            if not np.isfinite(total):
+                raise NonFiniteError(
+                    f"visual tokenizer: loss {total} at step {step}; lower tokenizer.lr "
+                    f"({config.lr}) or use --precision fp32"
+                )
+            use = code_use(window)
+            seconds = time.monotonic() - since
+            say(
+                {
+                    "step": step,
+                    "loss": total,
+                    "pixel_loss": pixel,
+                    "feature_loss": feature,
+                    "commitment": commitment,
+                    **_use_row(use),
+                    "revived": revived,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "pictures_per_second": shown_pictures / max(seconds, 1e-9),
+                }
+            )
+            watch.look(step, steps, use, float(window.sum()))
+            window.zero_()
+            revived, since, shown_pictures = 0, time.monotonic(), 0
+        if stop():
+            break
+
+    # ---- done
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "steps": step,
+        "teacher": PIXELS if teacher is None else teacher.digest,
+        "training": to_dict(config),
+        "sources": {source.name: len(source) for source in sources},
+    }
+    tokenizer = VQKDTokenizer(model, facts)
+    use = _final_use(tokenizer, reader, orders, config, device)
+    tokenizer.facts["code_use"] = _use_row(use)
+    watch.look(step, steps, use, float("inf"))
+    say({"done": str(out), "digest": tokenizer.digest, "steps": step, **_use_row(use)})
+    if world.main:
+        tokenizer.save(out)
+    world.barrier()
+    return tokenizer
+
+
+def _initialise(model: VQKD, seed: int) -> None:
+    """BEiT's scheme, with matrices scaled to their number of inputs.
+
+    A standard deviation of 0.02 suits a width of 768. At 96 it leaves an encoder that needs
+    thousands of steps before its vectors differ.
+    """
+    initialise(model, seed)
+    drawn = STD * TRUNCATED
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, nn.Linear):
+                part.weight.mul_(1 / (drawn * part.in_features**0.5))
+
+
+def _silent(_: dict[str, Any]) -> None:
+    """Ranks other than the first say nothing."""
+
+
+def _use_row(use: CodeUse) -> dict[str, float]:
+    return {
+        "used": use.used,
+        "perplexity": use.perplexity,
+        "entropy": use.entropy,
+        "top_code_share": use.top,
+    }
+
+
+class _Watch:
+    """Raises the alarm when the codebook collapses, and names the remedy."""
+
+    def __init__(self, config: VisualTokenizerConfig, say: Log) -> None:
+        self._config = config
+        self._say = say
+        self._next = config.warmup_steps
+
+    def look(self, step: int, steps: int, use: CodeUse, seen: float) -> None:
+        """`seen` vectors used that share of the codes; too few vectors say nothing."""
+        if step < self._next or seen < START_SAMPLES * self._config.codes or use.used >= LOW_USE:
+            return
+        self._next = step + max(1, steps // 10)
+        config, remedies = self._config, []
+        if not config.kmeans_iterations:
+            remedies.append("start by k-means (kmeans_iterations 10)")
+        if config.revive_below < 0.1:
+            remedies.append(
+                f"restart rare codes sooner (revive_below {config.revive_below} -> 0.1)"
+            )
+        if config.decay > 0.95:
+            remedies.append(f"let codes follow faster (decay {config.decay} -> 0.95)")
+        remedies.append(f"ask for fewer codes (codes {config.codes})")
+        remedies.append("show more varied pictures")
+        self._say(
+            {
+                "alarm": f"step {step}: only {use.used:.0%} of {config.codes} codes are used, "
+                f"perplexity {use.perplexity:.1f}: the codebook is collapsing. "
+                f"Remedies, likely first: {'; '.join(remedies)}",
+                "step": step,
+            }
+        )
+
+
+def _groups(model: VQKD, config: VisualTokenizerConfig) -> list[dict[str, object]]:
+    named = list(model.named_parameters())
+    return [
+        {
+            "params": [p for name, p in named if decays(name, p) == decay],
+            "weight_decay": config.weight_decay if decay else 0.0,
+            "lr": config.lr,
+        }
+        for decay in (True, False)
+    ]
+
+
+def _features(teacher: Teacher, model: VQKD, pixels: Tensor) -> Tensor:
+    return teacher.features(pixels, model.image.grid(pixels))
+
+
+def _sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
+    """One all-reduce for all gradients; the model is small."""
+    if world.size == 1:
+        return
+    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = world.sum_over_ranks(torch.cat([grad.flatten() for grad in grads]))
+    sizes = [p.numel() for p in parameters]
+    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def _rank_slice(visits: list[Visit], world: World) -> list[Visit]:
+    """This rank's part of a batch; the parts in rank order are the batch."""
+    edges = [len(visits) * rank // world.size for rank in range(world.size + 1)]
+    return visits[edges[world.rank] : edges[world.rank + 1]]
+
+
+def _load(
+    config: VisualTokenizerConfig, reader: PictureReader, visits: list[Visit], seed: int
+) -> Tensor:
+    """(n, 3, H, W) uint8, bad pictures left out."""
+    made = []
+    for source, epoch, index in visits:
+        image = reader.picture(source, index)
+        if image is not None:
+            draws = Draws(seed, "visual-tokenizer", source, epoch, index)
+            made.append(torch.from_numpy(augment(image, draws, config.image_size, config.crop)))
+    if made:
+        return torch.stack(made)
+    return torch.zeros(0, 3, *config.image_size, dtype=torch.uint8)
+
+
+def _batches(
+    config: VisualTokenizerConfig,
+    order: StreamOrder,
+    reader: PictureReader,
+    seed: int,
+    world: World,
+    steps: int,
+) -> Iterator[Tensor]:
+    """This rank's pictures of each step, prepared ahead by one thread (Pillow frees the GIL)."""
+    cursors = order.start()
+    with ThreadPoolExecutor(1) as thread:
+        waiting: list[Future[Tensor]] = []
+        for made in range(steps + AHEAD):
+            if made < steps:
+                visits, cursors = order.take(cursors, config.batch)
+                mine = _rank_slice(visits, world)
+                waiting.append(thread.submit(_load, config, reader, mine, seed))
+            if made >= AHEAD:
+                yield waiting.pop(0).result()
+
+
+def _start_codebook(
+    model: VQKD,
+    config: VisualTokenizerConfig,
+    orders: Sequence[SourceOrder],
+    reader: PictureReader,
+    seed: int,
+    world: World,
+    device: torch.device | str,
+) -> None:
+    """k-means on the vectors of the first pictures, as many as the codebook needs."""
+    patches = (config.image_size[0] // config.patch) * (config.image_size[1] // config.patch)
+    pictures = max(config.batch, -(-START_SAMPLES * config.codes // patches))
+    weights = {order.name: float(len(order)) for order in orders}
+    stream = StreamOrder(list(orders), weights)
+    visits, _ = stream.take(stream.start(), pictures)
+    mine = _rank_slice(visits, world)
+    found = []
+    with torch.no_grad():
+        for at in range(0, len(mine), config.batch):
+            pixels = _load(config, reader, mine[at : at + config.batch], seed)
+            if len(pixels):
+                found.append(
+                    F.normalize(model.embed(pixels.to(device)).float(), dim=-1).flatten(0, 1)
+                )
+    units = torch.cat(found) if found else torch.zeros(0, config.code_width, device=device)
+    if config.kmeans_iterations:
+        model.codebook.start(units, Draws(seed, "k-means"), config.kmeans_iterations)
+    else:
+        model.codebook.start_random(Draws(seed, "random-codes"))
+
+
+def _final_use(
+    tokenizer: VQKDTokenizer,
+    reader: PictureReader,
+    orders: Sequence[SourceOrder],
+    config: VisualTokenizerConfig,
+    device: torch.device | str,
+) -> CodeUse:
+    """How the finished tokenizer uses its codes, on whole pictures of the training data."""
+    weights = {order.name: float(len(order)) for order in orders}
+    stream = StreamOrder(list(orders), weights)
+    count = min(FINAL_IMAGES, sum(len(order) for order in orders))
+    visits, _ = stream.take(stream.start(), count)
+    images = (reader.picture(visit.source, visit.index) for visit in visits)
+    shown = [torch.from_numpy(plain(i, config.image_size)) for i in images if i is not None]
+    if not shown:
+        raise DataBudgetError(
+            f"none of {count} pictures of {', '.join(order.name for order in orders)} can be read"
+        )
+    counts = torch.zeros(config.codes, dtype=torch.int64)
+    for at in range(0, len(shown), config.batch):
+        codes = tokenizer.encode(torch.stack(shown[at : at + config.batch]).to(device))
+        counts += torch.bincount(codes.flatten().cpu(), minlength=config.codes)
+    return code_use(counts)
