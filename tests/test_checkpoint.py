@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,12 +32,18 @@ def tensors(step: int, size: int = 64) -> dict[str, torch.Tensor]:
     }
 
 
+@dataclass
+class ToyTokenizer:
+    name: str
+    content: str
+    digest: str = "0" * 64
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / self.name).write_text(self.content)
+
+
 def save(run_dir: Path, step: int, *, size: int = 64, keep: int = 0, log=lambda _: None) -> Path:
-    text = run_dir / "tokenizer.json"
-    visual = run_dir / "visual"
-    visual.mkdir(parents=True, exist_ok=True)
-    text.write_text('{"words": ["a", "b"]}')
-    (visual / "config.json").write_text("{}")
     return ck.save_checkpoint(
         run_dir,
         step,
@@ -45,8 +52,8 @@ def save(run_dir: Path, step: int, *, size: int = 64, keep: int = 0, log=lambda 
         state={"cursors": {"coco": 3 * step}, "loss": 0.1 * step},
         config={"seed": 1},
         preprocessor={"image_size": [32, 32]},
-        text_tokenizer=text,
-        visual_tokenizer=visual,
+        text_tokenizer=ToyTokenizer("tokenizer.json", '{"words": ["a", "b"]}'),
+        visual_tokenizer=ToyTokenizer("config.json", "{}"),
         world_size=1,
         threads=1,
         keep=keep,

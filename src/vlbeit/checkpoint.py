@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -69,6 +69,16 @@ _REPLACED = ".old-"
 _SELF = re.compile(rb'"digest": "([0-9a-f]{64})"')
 
 Log = Callable[[str], None]
+
+
+class Tokenizer(Protocol):
+    """What a checkpoint asks of the two tokenizers."""
+
+    @property
+    def digest(self) -> str: ...
+
+    def save(self, folder: Path) -> object:
+        """Writes its files into the folder, the same bytes for the same tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +148,8 @@ def save_checkpoint(
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
-    text_tokenizer: Path | None,
-    visual_tokenizer: Path | None,
+    text_tokenizer: Tokenizer,
+    visual_tokenizer: Tokenizer | None,
     world_size: int,
     threads: int,
     keep: int = 0,
@@ -148,9 +158,9 @@ def save_checkpoint(
     """Writes `checkpoints/step-0000060`, verifies it, then removes all but the `keep` newest.
 
     Called by one process only, the holder of the run folder's lock. `state` must be JSON and holds
-    `cursors` (source -> samples handed out). `text_tokenizer` is a tokenizer.json, or the folder
-    that holds one; `visual_tokenizer` is a folder, copied whole. A folder of the same step is
-    replaced. `keep` of 0 keeps all.
+    `cursors` (source -> samples handed out). The tokenizers write themselves from memory: their
+    own files may be gone by now (the checkpoint they were read from was purged) or may have rotted
+    since. A folder of the same step is replaced. `keep` of 0 keeps all.
 
     Raises:
         SaveError: no room, no permission, or the written files do not verify. The previous
@@ -159,19 +169,20 @@ def save_checkpoint(
     root = run_dir / "checkpoints"
     folder = root / checkpoint_name(step)
     temporary = root / (_TEMPORARY + folder.name)
-    tokenizers = _tokenizer_files(text_tokenizer, visual_tokenizer)
     needed = tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors) + SMALL_FILES
     with _translated(folder, needed):
         _fault("before_temp")
         root.mkdir(parents=True, exist_ok=True)
-        needed += sum(source.stat().st_size for source in tokenizers.values())
-        free = free_bytes(root)
-        if free < needed:
-            raise SaveError(_no_room(folder, needed, free))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            files: dict[str, dict[str, Any]] = {}
+            text_tokenizer.save(temporary)
+            if visual_tokenizer is not None:
+                visual_tokenizer.save(temporary / VISUAL_TOKENIZER)
+            files = {name: _digest_of(temporary / name) for name in _names(temporary)}
+            free = free_bytes(root)
+            if free < needed:
+                raise SaveError(_no_room(folder, needed, free))
             files[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
             _fault("mid_write")
             files[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
@@ -181,8 +192,6 @@ def save_checkpoint(
                 "preprocessor.json": preprocessor,
             }.items():
                 files[name] = _write(temporary / name, _json_bytes(content))
-            for name, source in tokenizers.items():
-                files[name] = _write(temporary / name, source.read_bytes())
             _fault("before_fsync")
             for name in files:
                 _sync(temporary / name)
@@ -195,7 +204,10 @@ def save_checkpoint(
                 "rng": RNG_SCHEME,
                 "cursors": state["cursors"],
                 "config_digest": config_digest(dict(config)),
-                "tokenizer_digests": _tokenizer_digests(files),
+                "tokenizer_digests": {
+                    "text": text_tokenizer.digest,
+                    "visual": None if visual_tokenizer is None else visual_tokenizer.digest,
+                },
                 "files": files,
             }
             _write(temporary / MANIFEST, _manifest_bytes(manifest))
@@ -287,25 +299,15 @@ def _no_room(path: Path, needed: int, free: int) -> str:
     )
 
 
-def _tokenizer_files(text: Path | None, visual: Path | None) -> dict[str, Path]:
-    """Name in the checkpoint -> file to copy."""
-    found: dict[str, Path] = {}
-    if text is not None:
-        found[TEXT_TOKENIZER] = text / TEXT_TOKENIZER if text.is_dir() else text
-    if visual is not None:
-        for path in sorted(visual.rglob("*")):
-            if path.is_file():
-                found[f"{VISUAL_TOKENIZER}/{path.relative_to(visual).as_posix()}"] = path
-    return found
+def _names(folder: Path) -> list[str]:
+    """Files in and below a folder, relative to it."""
+    return [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
-def _tokenizer_digests(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """sha256 of the text tokenizer's file and of the list of the visual tokenizer's digests."""
-    visual = [f"{files[n]['sha256']}  {n}" for n in sorted(files) if n.startswith("visual/")]
-    digests = {"visual": hashlib.sha256("\n".join(visual).encode()).hexdigest()} if visual else {}
-    if TEXT_TOKENIZER in files:
-        digests["text"] = files[TEXT_TOKENIZER]["sha256"]
-    return digests
+def _digest_of(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return _record(os.fstat(file.fileno()).st_size, found)
 
 
 def _record(size: int, sha256: str) -> dict[str, Any]:
@@ -313,7 +315,6 @@ def _record(size: int, sha256: str) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("xb") as file:
         file.write(content)
     return _record(len(content), hashlib.sha256(content).hexdigest())
@@ -480,8 +481,7 @@ def verify_checkpoint(folder: Path) -> dict[str, Any]:
                 )
             )
     listed = {MANIFEST, *manifest["files"]}
-    present = [p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file()]
-    report["extra"] = [name for name in present if name not in listed]
+    report["extra"] = [name for name in _names(folder) if name not in listed]
     report["ok"] = not report["problems"]
     return report
 
@@ -522,8 +522,6 @@ def _found(folder: Path, name: str) -> dict[str, Any]:
         # A stranger's manifest may name a device or a file elsewhere.
         return {"found_size": None, "found_sha256": None, "error": "not a file of this folder"}
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"found_size": os.fstat(file.fileno()).st_size, "found_sha256": found}
+        return {f"found_{key}": value for key, value in _digest_of(path).items()}
     except OSError as error:
         return {"found_size": None, "found_sha256": None, "error": error.strerror}
