@@ -121,14 +121,14 @@ def train_visual_tokenizer(
 
     Args:
         log: gets a row every 20 steps (`step`, `loss`, `pixel_loss`, `feature_loss`,
-            `commitment`, `used`, `perplexity`, `entropy`, `top_code_share`, `revived`, `lr`,
-            `pictures_per_second`), rows with `alarm` when few codes are used, rows with
-            `skipped` for bad pictures, and one with `done` at the end.
+            `commitment`, `lr`, `pictures_per_second`, and after the warmup `used`, `perplexity`,
+            `entropy`, `top_code_share`, `revived`), rows with `alarm` when few codes are used, rows
+            with `skipped` for bad pictures, and one with `done` at the end.
         max_steps: stop earlier; the learning-rate schedule keeps its length.
         input: order and budget for bad pictures.
         precision: "bf16" runs the network under autocast; the lookup stays in fp32.
         world: ranks that take part; None: this process alone.
-        stop: asked after every step; True ends the training early.
+        stop: asked after every step, with one answer on all ranks; True ends the training early.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -180,30 +180,38 @@ def train_visual_tokenizer(
             started = True
             _start_codebook(model, config, orders, reader, seed, world, device)
         set_lr(optimizer, lr_at(step, optim))
-        counted = world.sum_over_ranks(torch.tensor([float(len(pixels))], device=device))
-        with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16"):
-            features = None if teacher is None else _features(teacher, model, pixels)
-            losses = model(pixels, features, coded=coded)
-        # The mean over the pictures of all ranks, which may hold different numbers of them.
-        share = len(pixels) / float(counted)
+        counted = float(world.sum_over_ranks(torch.tensor([float(len(pixels))], device=device)))
+        if not counted:
+            raise DataBudgetError(
+                f"visual tokenizer: all {config.batch} pictures of step {step} were bad, from "
+                f"{', '.join(source.name for source in sources)}; repair or leave out the source"
+            )
         optimizer.zero_grad(set_to_none=True)
-        (losses.total * share).backward()
+        units = torch.zeros(0, config.code_width, device=device)
+        codes = torch.zeros(0, dtype=torch.int64, device=device)
+        values = torch.zeros(4, device=device)
+        if len(pixels):  # a rank's whole part may have been bad
+            with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16"):
+                features = None if teacher is None else _features(teacher, model, pixels)
+                losses = model(pixels, features, coded=coded)
+            # The mean over the pictures of all ranks, which may hold different numbers of them.
+            share = len(pixels) / counted
+            (losses.total * share).backward()
+            units, codes = losses.quantized.units, losses.quantized.codes
+            parts = (losses.total, losses.pixels, losses.features, losses.quantized.commitment)
+            values = torch.stack([part.detach().float() for part in parts]) * share
         _sum_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
         optimizer.step()
 
-        quantized = losses.quantized
-        draws = Draws(seed, "revive", step)
         if coded:
-            window += model.codebook.update(quantized.units, quantized.codes)
-            revived += model.codebook.revive(
-                quantized.units, quantized.codes, draws, config.revive_below
-            )
+            draws = Draws(seed, "revive", step)
+            with world.guard("moving the codebook"):
+                window += model.codebook.update(units, codes)
+                revived += model.codebook.revive(units, codes, draws, config.revive_below)
         shown_pictures += int(counted)
         if step % LOG_EVERY == 0 or step == steps:
-            values = [losses.total, losses.pixels, losses.features, quantized.commitment]
-            means = world.sum_over_ranks(torch.stack([v.detach().float() for v in values]) * share)
-            total, pixel, feature, commitment = means.tolist()
+            total, pixel, feature, commitment = world.sum_over_ranks(values).tolist()
             if not np.isfinite(total):
                 raise NonFiniteError(
                     f"visual tokenizer: loss {total} at step {step}; lower tokenizer.lr "
@@ -218,8 +226,7 @@ def train_visual_tokenizer(
                     "pixel_loss": pixel,
                     "feature_loss": feature,
                     "commitment": commitment,
-                    **_use_row(use),
-                    "revived": revived,
+                    **(_use_row(use) | {"revived": revived} if coded else {}),
                     "lr": optimizer.param_groups[0]["lr"],
                     "pictures_per_second": shown_pictures / max(seconds, 1e-9),
                 }
@@ -229,6 +236,9 @@ def train_visual_tokenizer(
             revived, since, shown_pictures = 0, time.monotonic(), 0
         if stop():
             break
+
+    if not started:  # stopped within the warmup
+        _start_codebook(model, config, orders, reader, seed, world, device)
 
     # ---- done
     facts: dict[str, Any] = {

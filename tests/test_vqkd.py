@@ -1,0 +1,312 @@
+"""Laws of the visual tokenizer, and one training that must learn something."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlbeit.config import CropConfig, InputConfig, VisualTokenizerConfig
+from vlbeit.data.records import RecordSource, ShardWriter
+from vlbeit.data.scenes import draw_scene
+from vlbeit.data.transforms import plain
+from vlbeit.errors import ConfigError, DataBudgetError, InputError, UnsafeError
+from vlbeit.nn.weights import initialise
+from vlbeit.tokens.quantizer import code_use
+from vlbeit.tokens.teachers import build_teacher
+from vlbeit.tokens.visual import load_visual_tokenizer
+from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
+from vlbeit.train.visual_tokenizer import train_visual_tokenizer
+
+CONFIG = VisualTokenizerConfig(
+    codes=32,
+    code_width=8,
+    image_size=(24, 32),
+    patch=8,
+    width=32,
+    layers=1,
+    heads=2,
+    ffn=64,
+    decoder_layers=1,
+    crop=CropConfig(scale=(1.0, 1.0), flip=0.0, jitter=0.0),
+    batch=16,
+    lr=3e-3,
+    min_lr=1e-4,
+    decay=0.9,
+    revive_below=0.1,
+    warmup_steps=30,
+    total_steps=100,
+)
+
+
+def scene_pictures(count: int, size: tuple[int, int] = (24, 32)) -> torch.Tensor:
+    shown = [np.asarray(draw_scene(0, "train", i).image) for i in range(count)]
+    return torch.stack([torch.from_numpy(plain(image, size)) for image in shown])
+
+
+@pytest.fixture
+def tokenizer(gen: torch.Generator) -> VQKDTokenizer:
+    """Random weights, large enough that codes differ from patch to patch."""
+    model = VQKD(CONFIG)
+    initialise(model, 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=gen))
+        vectors = model.embed(scene_pictures(8)).flatten(0, 1)
+        picked = torch.randperm(len(vectors), generator=gen)[: CONFIG.codes]
+        model.codebook.weight.copy_(torch.nn.functional.normalize(vectors[picked], dim=-1))
+    return VQKDTokenizer(model, {"made": "by a test"})
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> RecordSource:
+    return write_scenes(tmp_path / "scenes.tar", 48, bad=0)
+
+
+def write_scenes(path: Path, count: int, bad: int) -> RecordSource:
+    import io
+
+    with ShardWriter(path) as shard:
+        for i in range(count):
+            buffer = io.BytesIO()
+            draw_scene(0, "train", i).image.save(buffer, "PNG")
+            data = b"<html>not found</html>" if i < bad else buffer.getvalue()
+            shard.add(f"{i:04d}", {"png": data})
+    return RecordSource("scenes", [str(path)])
+
+
+def test_codes_of_a_picture_do_not_depend_on_the_batch(tokenizer: VQKDTokenizer) -> None:
+    # Trap T7: the peer scales by the largest value of the batch, so a dark picture's codes
+    # change when a bright one is beside it.
+    pixels = scene_pictures(6)
+    pixels[0] //= 8  # nearly black
+    together = tokenizer.encode(pixels)
+    for i in range(len(pixels)):
+        assert torch.equal(tokenizer.encode(pixels[i : i + 1]), together[i : i + 1])
+    assert len(together.unique()) > 8
+    # The negative check: the scale does matter.
+    assert not torch.equal(tokenizer.encode(pixels // 2), together)
+
+
+def test_encoding_mutates_nothing(tokenizer: VQKDTokenizer) -> None:
+    before = tokenizer.digest
+    pixels = scene_pictures(4)
+    kept = pixels.clone()
+    first = tokenizer.encode(pixels)
+    assert torch.equal(first, tokenizer.encode(pixels))
+    tokenizer.decode(first.reshape(4, 3, 4))
+    assert torch.equal(pixels, kept)
+    assert VQKDTokenizer(tokenizer._model).digest == before
+    assert not first.requires_grad
+
+
+def test_any_grid_works(tokenizer: VQKDTokenizer) -> None:
+    codes = tokenizer.encode(scene_pictures(2, (40, 16)))
+    assert codes.shape == (2, 10)
+    assert tokenizer.decode(codes.reshape(2, 5, 2)).shape == (2, 3, 40, 16)
+    with pytest.raises(ValueError, match="multiple"):
+        tokenizer.encode(scene_pictures(1, (20, 16)))
+    with pytest.raises(ValueError, match="uint8"):
+        tokenizer.encode(scene_pictures(1).float())
+    with pytest.raises(ValueError, match="0..31"):
+        tokenizer.decode(torch.full((1, 3, 4), 32))
+
+
+def test_decoding_puts_patches_where_they_were(tokenizer: VQKDTokenizer) -> None:
+    # to_patches and its inverse in `draw`: a decoder that returns the target gives the picture.
+    from vlbeit.nn.embed import to_patches
+
+    pixels = scene_pictures(3)
+    model = tokenizer._model
+    object.__setattr__(model, "_given", to_patches(pixels, 8))
+    model.pixels.forward = lambda vectors, grid: model._given  # type: ignore[method-assign]
+    assert torch.equal(model.draw(torch.zeros(3, 3, 4, dtype=torch.int64)), pixels)
+
+
+def test_saved_and_loaded_it_gives_the_same_codes(tokenizer: VQKDTokenizer, tmp_path: Path) -> None:
+    folder = tokenizer.save(tmp_path / "visual")
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors"]
+    again = load_visual_tokenizer(folder)
+    assert again.digest == tokenizer.digest
+    assert again.facts == {"made": "by a test"}
+    pixels = scene_pictures(5)
+    codes = tokenizer.encode(pixels)
+    assert torch.equal(again.encode(pixels), codes)
+    grid = codes.reshape(5, 3, 4)
+    assert torch.equal(again.decode(grid), tokenizer.decode(grid))
+    tokenizer.save(folder)  # over itself
+    assert load_visual_tokenizer(folder).digest == tokenizer.digest
+
+
+def test_one_flipped_bit_is_noticed(tokenizer: VQKDTokenizer, tmp_path: Path) -> None:
+    path = tokenizer.save(tmp_path / "visual") / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="digest"):
+        load_visual_tokenizer(path.parent)
+
+
+def test_folders_that_do_not_fit_are_refused(tokenizer: VQKDTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="train-visual"):
+        load_visual_tokenizer(tmp_path / "missing")
+    folder = tokenizer.save(tmp_path / "visual")
+    tree = json.loads((folder / "config.json").read_text())
+    for change, message in (
+        ({"kind": "unheard"}, "kind 'unheard'"),
+        ({"format": "other"}, "not the config.json"),
+        ({"config": tree["config"] | {"codes": 33}}, "codebook"),
+        ({"config": tree["config"] | {"coodes": 33}}, "coodes"),
+    ):
+        (folder / "config.json").write_text(json.dumps(tree | change))
+        with pytest.raises(InputError, match=message):
+            load_visual_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(tree))
+    (folder / "model.safetensors").rename(folder / "model.bin")
+    with pytest.raises(UnsafeError, match="pickle"):
+        load_visual_tokenizer(folder)
+
+
+def test_with_a_teacher_pixels_do_not_train_the_codes(gen: torch.Generator) -> None:
+    pixels = scene_pictures(4)
+    features = torch.randn(4, 12, 20, generator=gen)
+
+    def gradient(pixel_loss: float) -> torch.Tensor:
+        from dataclasses import replace
+
+        model = VQKD(replace(CONFIG, pixel_loss=pixel_loss), feature_width=20)
+        initialise(model, 0)
+        model.codebook.weight.copy_(
+            torch.nn.functional.normalize(
+                torch.randn(32, 8, generator=torch.manual_seed(1)), dim=-1
+            )
+        )
+        model(pixels, features).total.backward()
+        found = model.image.proj.weight.grad
+        assert found is not None
+        decoder = model.pixels.proj.weight.grad
+        assert (decoder is not None and bool(decoder.any())) == (pixel_loss > 0)
+        return found
+
+    assert torch.equal(gradient(0.0), gradient(5.0))
+
+
+def test_without_a_teacher_pixels_train_the_codes() -> None:
+    model = VQKD(CONFIG)
+    initialise(model, 0)
+    model(scene_pictures(4), coded=False).total.backward()
+    assert model.image.proj.weight.grad is not None
+    assert model.image.proj.weight.grad.abs().sum() > 0
+
+
+def test_it_learns_the_drawn_world_and_repeats_itself(source: RecordSource, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    first = train_visual_tokenizer(
+        CONFIG, [source], tmp_path / "a", seed=3, device="cpu", log=rows.append
+    )
+    pixels = scene_pictures(48)
+    codes = first.encode(pixels)
+    drawn = first.decode(codes.reshape(48, 3, 4)).float()
+    error = (drawn - pixels.float()).pow(2).mean()
+    mean_picture = (pixels.float().mean(dim=0) - pixels.float()).pow(2).mean()
+    assert error < 0.5 * mean_picture
+    use = code_use(torch.bincount(codes.flatten(), minlength=CONFIG.codes))
+    assert use.used > 0.8 and use.perplexity > 10
+    # Shuffled codes do not show the picture: what was learned is in the codes.
+    shuffled = codes.flatten()[torch.randperm(codes.numel())].reshape(48, 3, 4)
+    assert (first.decode(shuffled).float() - pixels.float()).pow(2).mean() > 2 * error
+
+    assert [row["step"] for row in rows if "loss" in row] == [20, 40, 60, 80, 100]
+    assert rows[-1]["digest"] == first.digest
+    assert load_visual_tokenizer(tmp_path / "a").digest == first.digest
+    second = train_visual_tokenizer(
+        CONFIG, [source], tmp_path / "b", seed=3, device="cpu", log=lambda row: None
+    )
+    assert second.digest == first.digest
+    other = train_visual_tokenizer(
+        CONFIG, [source], tmp_path / "c", seed=4, device="cpu", log=lambda row: None, max_steps=2
+    )
+    assert other.digest != first.digest
+
+
+def test_a_collapsing_codebook_raises_an_alarm_that_names_remedies(
+    source: RecordSource, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    # What training does without its remedies: random codes, no revival, no warmup.
+    config = replace(CONFIG, kmeans_iterations=0, revive_below=0.0, warmup_steps=0, decay=0.99)
+    rows: list[dict[str, object]] = []
+    train_visual_tokenizer(
+        config, [source], tmp_path / "a", seed=0, device="cpu", log=rows.append, max_steps=40
+    )
+    alarms = [str(row["alarm"]) for row in rows if "alarm" in row]
+    assert alarms
+    assert "kmeans_iterations" in alarms[0] and "revive_below" in alarms[0]
+
+
+def test_bad_pictures_are_named_and_counted(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = []
+    source = write_scenes(tmp_path / "one.tar", 48, bad=1)
+    train_visual_tokenizer(
+        CONFIG,
+        [source],
+        tmp_path / "a",
+        seed=0,
+        device="cpu",
+        log=rows.append,
+        max_steps=2,
+        input=InputConfig(skip_budget=0.1),
+    )
+    skipped = [row for row in rows if "skipped" in row]
+    assert [row["reason"] for row in skipped] == ["not_an_image"]
+    assert "0000" in str(skipped[0]["skipped"])
+    source = write_scenes(tmp_path / "all.tar", 48, bad=48)
+    with pytest.raises(DataBudgetError, match="scenes"):
+        train_visual_tokenizer(
+            CONFIG, [source], tmp_path / "b", seed=0, device="cpu", log=rows.append
+        )
+    with pytest.raises(InputError, match="no source"):
+        train_visual_tokenizer(CONFIG, [], tmp_path / "c", seed=0, device="cpu", log=rows.append)
+
+
+def test_teachers_are_pixels_or_a_folder(tmp_path: Path) -> None:
+    assert build_teacher("pixels") is None
+    with pytest.raises(ConfigError, match="neither"):
+        build_teacher(str(tmp_path / "nothing"))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    with pytest.raises(UnsafeError):
+        build_teacher(str(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "clip"])
+def test_a_vit_folder_teaches_its_patch_features(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    if kind == "vit":
+        theirs = transformers.ViTModel(transformers.ViTConfig(**sizes))
+    else:
+        config = transformers.CLIPVisionConfig(**sizes, projection_dim=20)
+        theirs = transformers.CLIPVisionModelWithProjection(config)
+    theirs.eval().save_pretrained(tmp_path)
+    teacher = build_teacher(str(tmp_path))
+    assert teacher is not None
+    pixels = scene_pictures(2, (32, 32))
+    found = teacher.features(pixels, (4, 4))
+    assert found.shape == (2, 16, teacher.width)
+    with torch.no_grad():
+        shown = theirs(pixel_values=pixels.float() / 127.5 - 1).last_hidden_state[:, 1:]
+        if kind == "clip":
+            shown = theirs.visual_projection(theirs.vision_model.post_layernorm(shown))
+    torch.testing.assert_close(found, shown, atol=1e-5, rtol=0)
+    # Another size of ours is brought to the teacher's: the grid decides, not the pixels.
+    assert teacher.features(scene_pictures(2, (40, 40)), (5, 5)).shape == (2, 25, teacher.width)
