@@ -8,9 +8,8 @@ import numpy as np
 from vlbeit.data.records import BadSample
 from vlbeit.data.streams import SampleStream
 from vlbeit.eval.evaluate import LoadedRun
-from vlbeit.eval.fill import FilledPatches, fill_patches, guess_words
+from vlbeit.eval.fill import FilledPatches, guess_patches, guess_words
 from vlbeit.eval.heldout import visits_of
-from vlbeit.tokens.text import SPECIALS
 
 
 class Word(NamedTuple):
@@ -62,14 +61,14 @@ def pair_examples(run: LoadedRun, stream: SampleStream, count: int) -> list[Exam
                 best = next(guesses)[0]
                 guess = spelt(best.piece, run.text.kind)[0]
                 words.append(Word(text, starts, guess, best.probability))
-            elif number >= len(SPECIALS):
+            elif number not in (run.text.pad, run.text.cls, run.text.sep):
                 words.append(Word(text, starts))
         caption = run.text.decode(ids.tolist())
         fillings: list[FilledPatches | None] = [None, None]
         if run.visual is not None:
             fillings = [
-                fill_patches(run, sample.pixels, sample.patch_masked, text)
-                for text in (caption, None)
+                guess_patches(run, sample.pixels, sample.patch_masked, given)
+                for given in (ids, None)
             ]
         found.append(
             Example(

@@ -169,6 +169,18 @@ def fill_patches(
     Shapes: picture (3, height, width) uint8, hidden (P,) bool.
 
     Raises:
+        InputError: the checkpoint has no visual tokenizer, nothing is hidden, or the text is too
+            long.
+    """
+    return guess_patches(run, picture, hidden, None if text is None else masked_ids(run, text))
+
+
+def guess_patches(
+    run: LoadedRun, picture: np.ndarray, hidden: np.ndarray, ids: np.ndarray | None
+) -> FilledPatches:
+    """`fill_patches` for a text that is already ids (W,), [T_CLS] and [T_SEP] included.
+
+    Raises:
         InputError: the checkpoint has no visual tokenizer, or nothing is hidden.
     """
     if run.visual is None:
@@ -179,11 +191,11 @@ def fill_patches(
     masked = torch.from_numpy(hidden)[None].to(run.device)
     with torch.no_grad():
         answers = run.visual.encode(pixels)[0]
-        if text is None:
+        if ids is None:
             states = run.model.embed_image(pixels, masked)
             wanted = after_class(masked)
         else:
-            words = torch.from_numpy(masked_ids(run, text))[None].to(run.device)
+            words = torch.from_numpy(ids.astype(np.int64))[None].to(run.device)
             states = run.model.embed_pair(words, None, pixels, masked)
             wanted = torch.nn.functional.pad(masked, (states.x.shape[1] - masked.shape[1], 0))
         logits = run.model.heads["mim"](run.model.backbone.rows(states, wanted)).float()
