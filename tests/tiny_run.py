@@ -123,6 +123,9 @@ class OneHot:
     def eval(self) -> "OneHot":
         return self
 
+    def parameters(self) -> list[Tensor]:
+        return []
+
     def states(self, said: Tensor, length: int) -> States:
         x = 20.0 * nn.functional.one_hot(said, self.width).float()
         spans = (Span(Modality.TEXT, length),)
