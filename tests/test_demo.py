@@ -5,8 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from vlbeit.cli import main
 from vlbeit.config import LogConfig, RuntimeConfig, TokenizersConfig
+from vlbeit.data.scenes import draw_scene
 from vlbeit.errors import ConfigError
 from vlbeit.recipes import tiny
 from vlbeit.train.demo import EVALUATIONS, PhaseClock, evaluation_steps, run_demo
@@ -105,6 +108,36 @@ def test_scenes_of_another_demo_are_not_taken_for_ours(demo):
         run_demo(demo, quick_config(), COUNT + 1)
     with pytest.raises(ConfigError, match="seed was 0 and is 1"):
         run_demo(demo, replace(quick_config(), seed=1), COUNT)
+
+
+@pytest.mark.slow
+def test_eval_predict_and_report_answer_for_the_finished_run(demo, tmp_path, capsys):
+    run = demo / "pretrain"
+    assert main(["eval", str(run), "--json", "--samples", "32", "--device", "cpu"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["samples"] == {"image": 32, "text": 32, "pair": 32}
+    assert main(["eval", str(run), "--samples", "32"]) == 0
+    assert "with its own image" in " ".join(capsys.readouterr().out.split())
+
+    draw_scene(0, "val", 0).image.save(tmp_path / "scene.png")
+    out = tmp_path / "filled.png"
+    words = ["predict", str(run), "--image", str(tmp_path / "scene.png"), "--json"]
+    assert main([*words, "--text", "one x [MASK] circle", "--hide", "0.4", "--out", str(out)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "[MASK]" not in answer["text"] and len(answer["words"][0]) == 5
+    assert answer["patches"]["hidden"] == 10
+    with Image.open(out) as sheet:
+        assert sheet.width > 5 * 40
+    assert main(["predict", str(run), "--text", "a [MASK] ring"]) == 0
+    assert main(words) == main(["predict", str(run)]) == 78  # nothing is hidden; nothing is given
+    (tmp_path / "no.png").write_bytes(b"<html>")
+    assert main([*words[:3], str(tmp_path / "no.png"), "--hide", "0.4"]) == 66
+    assert "no.png" in capsys.readouterr().err
+
+    checkpoint = next((run / "checkpoints").glob("step-*"))
+    page = tmp_path / "page.html"
+    assert main(["report", str(checkpoint), "--out", str(page), "--samples", "16"]) == 0
+    assert "<polyline" in page.read_text()  # the curves of the run that the checkpoint is from
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20, 499, 600, 3000, 3001, 4096])
