@@ -92,7 +92,16 @@ def test_the_machine_limit_is_measured_even_where_a_product_takes_too_long():
     assert matrix_limit(CPU, "fp32", seconds=0.0) > 0
 
 
-def test_the_command_prints_rates_that_agree_with_each_other(capsys):
+@pytest.fixture
+def restored_kernels():
+    """The command chooses deterministic kernels for its process, which is ours here."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def test_the_command_prints_rates_that_agree_with_each_other(capsys, restored_kernels):
     words = ["bench", "--recipe", "tiny", "--samples", "2", "--steps", "1", "--threads", "1"]
     assert main([*words, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
