@@ -87,8 +87,15 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def attribute_table(found: dict[str, Any]) -> Table:
-    table = Table("hidden attribute word", "sighted", "blind", "prior", "asked")
-    rows = {**found["kinds"], " + ".join(found["headline"]): found}
+    table = Table(
+        "hidden attribute word",
+        "sighted",
+        "blind",
+        "prior",
+        "asked",
+        caption=f"headline: {', '.join(found['headline'])}",
+    )
+    rows = {**found["kinds"], "headline": found}
     for name, row in rows.items():
         table.add_row(
             name,

@@ -52,10 +52,15 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def line_chart(label: str, lines: Sequence[Line], *, percent: bool = False) -> str:
-    """Values over steps, from zero; `label` is the sentence read out instead of the picture."""
+def line_chart(
+    label: str, lines: Sequence[Line], last: float = 0.0, *, percent: bool = False
+) -> str:
+    """Values over steps from zero to `last` (0: the last one drawn).
+
+    `label` is the sentence read out instead of the picture.
+    """
     shown = [line for line in lines if len(line.values)]
-    last = max((float(line.steps.max()) for line in shown), default=1.0) or 1.0
+    last = last or max((float(line.steps.max()) for line in shown), default=0.0) or 1.0
     values = [v for line in shown for v in line.values]
     top = 1.0 if percent else max(values, default=1.0) * 1.05 or 1.0
 
@@ -95,12 +100,12 @@ def interval_chart(
         rows: (name, estimates by condition, prior); all values are shares in [0, 1].
         kinds: class of the page by condition, in drawing order.
     """
-    head, row_height, left = 8, 34, 92
+    head, row_height, left, right = 8, 34, 80, 24
     height = head + row_height * len(rows) + 24
     bottom = height - 22
 
     def x(share: float) -> float:
-        return left + (WIDTH - left - RIGHT) * share
+        return left + (WIDTH - left - right) * share
 
     parts = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):

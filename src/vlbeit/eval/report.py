@@ -167,7 +167,7 @@ def header_part(
 ) -> str:
     """Title, what this is, the summary and the key figures."""
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
-    trained = trained_seconds(metrics)
+    trained = trained_seconds([row for row in metrics if row["step"] <= evaluation["step"]])
     took = f" in {duration(trained)}" if trained else ""
     what = (
         f"A vision-language Transformer ({parameters:.1f} M parameters) pretrained from scratch by "
@@ -196,10 +196,10 @@ def summary(evaluation: Mapping[str, Any]) -> str:
         ]
         return "; ".join(parts) + "."
     in_attributes = "attributes" in evaluation
+    if "blind" not in words:
+        return "There is a single held-out pair: nothing to compare."
     sighted, blind = (
-        words[name] if in_attributes else words[name]["accuracy"]
-        for name in ("sighted", "blind")
-        if name in words
+        words[name] if in_attributes else words[name]["accuracy"] for name in ("sighted", "blind")
     )
     named = ", ".join(words["headline"]) if in_attributes else ""
     kind = f"hidden attribute words ({named})" if in_attributes else "hidden words"
@@ -209,8 +209,11 @@ def summary(evaluation: Mapping[str, Any]) -> str:
     )
     if in_attributes:
         text += f", and always saying the most frequent word would reach {percent(words['prior'])}"
-    if sighted["low"] > blind["high"]:
+    prior = words["prior"] if in_attributes else 0.0
+    if sighted["low"] > max(blind["high"], prior):
         text += ". So it reads the answers off the picture."
+    elif sighted["low"] > blind["high"]:
+        text += ". So it uses the picture, but is not clearly better than such a guess yet."
     else:
         text += ". The two do not differ clearly: it has not learned to look, or not yet."
     mim = evaluation["objectives"].get("mim")
@@ -283,7 +286,7 @@ def gap_part(evaluation: Mapping[str, Any]) -> list[str]:
     if attributes is not None:
         kinds = attributes["kinds"]
         parts += [
-            '<figure class="panel">',
+            '<figure class="panel fitting">',
             interval_chart(
                 "Accuracy on hidden words by kind: "
                 + "; ".join(
@@ -304,13 +307,14 @@ def gap_part(evaluation: Mapping[str, Any]) -> list[str]:
             ),
             "</figure>",
             table(
-                "Hidden attribute words named right; the last row is the headline figure.",
+                "Hidden attribute words named right. The last row, the headline figure, is over "
+                f"{', '.join(attributes['headline'])}.",
                 ("kind of word", "sighted", "blind", "no image", "prior", "asked"),
                 [
                     attribute_cells(name, row)
                     for name, row in [
                         *kinds.items(),
-                        (" + ".join(attributes["headline"]), attributes),
+                        ("headline", attributes),
                     ]
                 ],
                 total=True,
@@ -471,9 +475,12 @@ def curves_part(
     charts = []
     for name, words in OBJECTIVE_NAMES.items():
         train = [(r["step"], r["objectives"][name]) for r in metrics if name in r["objectives"]]
-        held = [(r["step"], r["objectives"][name]) for r in evals if name in r["objectives"]]
+        # A run stopped before its first checkpoint evaluates step 0 once more at its next start.
+        held = sorted({r["step"]: r["objectives"].get(name) for r in evals}.items())
+        held = [(step, found) for step, found in held if found is not None]
         if not train and not held:
             continue
+        last = float(max(step for step, _ in [*train, *held]))
         cells = []
         for what, title in (("loss", "loss (nats)"), ("accuracy", "accuracy")):
             lines = [
@@ -489,7 +496,6 @@ def curves_part(
             ]
             if what == "accuracy" and name in evaluation["objectives"]:
                 share = evaluation["objectives"][name]["top_share"]
-                last = max(s for s, _ in [*train, *held])
                 level = Line(
                     name="most frequent answer",
                     kind="level",
@@ -504,7 +510,7 @@ def curves_part(
             )
             cells.append(
                 f'<figure class="panel"><h3>{escape(words)}</h3><figcaption>{title}</figcaption>'
-                f"{line_chart(label, lines, percent=what == 'accuracy')}</figure>"
+                f"{line_chart(label, lines, last, percent=what == 'accuracy')}</figure>"
             )
         charts.append(f'<div class="grid">{"".join(cells)}</div>')
     if not charts:
@@ -616,8 +622,8 @@ def settings_part(
     ]
     parts = []
     if times:
-        parts.append(table("Wall time.", ("phase", "time"), [[escape(n), t] for n, t in times]))
-    parts.append(table("Run and machine.", ("", ""), rows))
+        parts.append(table("Wall time.", (), [[escape(n), t] for n, t in times]))
+    parts.append(table("Run and machine.", (), rows))
     config = json.dumps(to_dict(run.config), indent=2)
     parts.append(
         f"<details><summary>Every setting of the run</summary><pre>{escape(config)}</pre></details>"

@@ -31,7 +31,7 @@ h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; margin: 0 0 .4rem
 h2 { font-size: 1.35rem; line-height: 1.25; margin: 3.2rem 0 .5rem; letter-spacing: -.01em; }
 h3 { font-size: 1rem; margin: 0 0 .3rem; }
 p { margin: .5rem 0; max-width: 46rem; }
-.lead { font-size: 1.1rem; }
+.lead { font-size: 1.15rem; margin: 1.1rem 0; }
 .soft, figcaption, caption, .note { color: var(--soft); font-size: .9rem; }
 .figures { display: grid; gap: .8rem; margin: 1.6rem 0;
   grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
@@ -46,7 +46,9 @@ p { margin: .5rem 0; max-width: 46rem; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums;
   font-size: .93rem; }
-caption { text-align: left; padding-bottom: .5rem; }
+caption { text-align: left; padding-bottom: .5rem; } caption span { display: block; }
+table.facts td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+table.facts th { width: 11rem; vertical-align: top; }
 th, td { text-align: right; padding: .42rem .7rem; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; white-space: normal; }
@@ -61,7 +63,8 @@ dl.words dt { font-weight: 650; } dl.words dd { margin: 0; }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
 .panel { background: var(--card); border: 1px solid var(--rule); border-radius: .7rem;
   padding: 1rem; margin: 0; min-width: 0; }
-svg.chart { display: block; width: 100%; max-width: 40rem; height: auto; font-family: inherit; }
+.fitting { max-width: 46rem; margin: 1.2rem 0; }
+svg.chart { display: block; width: 100%; height: auto; font-family: inherit; }
 .rule { stroke: var(--rule); stroke-width: 1; }
 .tick { fill: var(--soft); font-size: 11px; }
 .tick.strong { fill: var(--ink); font-size: 12.5px; }
@@ -99,7 +102,7 @@ img.pixels { image-rendering: pixelated; }
 .strip { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: .6rem; }
 .strip figure { margin: 0; } .strip img { width: 100%; }
 .strip figcaption { font-size: .78rem; line-height: 1.3; margin-top: .3rem; }
-.codes { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.6rem, 1fr)); gap: .7rem; }
+.codes { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .6rem; }
 .codes figure { margin: 0; } .codes img { width: 100%; }
 .codes img + img { margin-top: .35rem; }
 details { border-top: 1px solid var(--rule); padding: .6rem 0; }
@@ -112,7 +115,10 @@ footer { margin-top: 4rem; border-top: 1px solid var(--rule); padding-top: 1rem;
   main { padding: 1.5rem 1rem 3rem; } .scene img { width: 5.5rem; }
   .strip { grid-template-columns: repeat(3, minmax(0, 1fr)); }
   dl.words { grid-template-columns: 1fr; gap: 0; } dl.words dd { margin-bottom: .6rem; }
-  th, td { padding: .42rem .5rem; } }
+  th, td { padding: .42rem .5rem; } th:first-child { min-width: 5.5rem; }
+  .tick { font-size: 15px; } .tick.strong { font-size: 17px; }
+  td small { display: block; } caption span { max-width: 88vw; }
+  .codes { grid-template-columns: repeat(4, minmax(0, 1fr)); } }
 @media print { .panel, .figure { break-inside: avoid; } }
 """
 
@@ -154,8 +160,12 @@ def paragraph(text: str, kind: str = "") -> str:
 def table(
     caption: str, head: Sequence[str], rows: Iterable[Sequence[str]], *, total: bool = False
 ) -> str:
-    """Cells are HTML; the first of a row is its header. `total` sets the last row apart."""
-    names = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    """Numbers. Cells are HTML; the first of a row is its header. `total` sets the last row apart.
+
+    `head` may be empty: facts, one a row, that need no column names and read from the left.
+    """
+    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    names = f"<thead><tr>{columns}</tr></thead>" if head else ""
     rows = list(rows)
     body = []
     for number, row in enumerate(rows):
@@ -163,8 +173,9 @@ def table(
         cells = "".join(f"<td>{cell}</td>" for cell in row[1:])
         body.append(f'<tr{_kind(kind)}><th scope="row">{row[0]}</th>{cells}</tr>')
     return (
-        f'<div class="scroll"><table><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{names}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="scroll"><table{_kind("" if head else "facts")}>'
+        f"<caption><span>{escape(caption)}</span></caption>"
+        f"{names}<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
