@@ -310,3 +310,93 @@ def test_a_vit_folder_teaches_its_patch_features(tmp_path: Path, kind: str) -> N
     torch.testing.assert_close(found, shown, atol=1e-5, rtol=0)
     # Another size of ours is brought to the teacher's: the grid decides, not the pixels.
     assert teacher.features(scene_pictures(2, (40, 40)), (5, 5)).shape == (2, 25, teacher.width)
+
+
+def test_a_training_that_was_cut_ends_like_one_that_was_not(tmp_path: Path) -> None:
+    from vlbeit.data.dataset import Dataset, SourceInfo
+    from vlbeit.train.tokenizer_cli import main
+
+    write_scenes(tmp_path / "data" / "scenes.tar", 48, bad=1)
+    shards = [str(tmp_path / "data" / "scenes.tar")]
+    Dataset.write(tmp_path / "data", "drawn", [SourceInfo("scenes", "image", "train", shards, 48)])
+    settings = [
+        f"--data={tmp_path / 'data'}",
+        "--save-every=8",
+        "--log.keep=2",
+        "--input.skip-budget=0.1",
+        "--runtime.threads=1",
+        "--tokenizer.width=32",
+        "--tokenizer.ffn=32",
+        "--tokenizer.codes=24",
+        "--tokenizer.batch=8",
+        "--tokenizer.warmup-steps=6",
+        "--tokenizer.revive-below=0.2",
+        "--tokenizer.total-steps=16",
+    ]
+
+    def run(name: str, steps: int) -> Path:
+        folder = tmp_path / name
+        words = ["train-visual", "tiny", f"--run-dir={folder}", f"--max-steps={steps}"]
+        assert main([*words, *settings]) == 0
+        return folder
+
+    run("cut", 8)
+    cut, whole = run("cut", 16), run("whole", 16)
+    for name in ("visual/model.safetensors", "metrics.jsonl"):
+        mine, theirs = ((folder / name).read_bytes() for folder in (cut, whole))
+        if name == "metrics.jsonl":  # the speed differs, the losses must not
+            mine, theirs = (
+                json.dumps([json.loads(row)["loss"] for row in rows.splitlines()]).encode()
+                for rows in (mine, theirs)
+            )
+        assert mine == theirs, name
+    skips = [json.loads(row) for row in (cut / "skips.jsonl").read_text().splitlines()]
+    assert {row["reason"] for row in skips} == {"not_an_image"}
+    with pytest.raises(ConfigError, match="seed"):
+        main(["train-visual", "tiny", f"--run-dir={cut}", "--seed=1", "--max-steps=20", *settings])
+    with pytest.raises(ConfigError, match="means nothing"):
+        main(["train-visual", "tiny", f"--run-dir={cut}", "--input.workers=2", *settings])
+
+
+RANKS_SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+from tests.test_vqkd import CONFIG, RecordSource
+from vlbeit.train.distributed import init_world
+from vlbeit.train.visual_tokenizer import train_visual_tokenizer
+
+torch.set_num_threads(1)
+world = init_world("cpu", 120.0)
+source = RecordSource("scenes", [sys.argv[1]])
+train_visual_tokenizer(
+    CONFIG, [source], Path(sys.argv[2]), seed=0, device="cpu", log=lambda row: None,
+    max_steps=36, world=world,
+)
+world.close()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_the_tokenizer_of_one(tmp_path: Path, root: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    write_scenes(tmp_path / "scenes.tar", 48, bad=0)
+    (tmp_path / "train.py").write_text(RANKS_SCRIPT)
+    environment = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}"}
+    shard = str(tmp_path / "scenes.tar")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for start, out in (([sys.executable], "one"), (launch, "two")):
+        command = [*start, str(tmp_path / "train.py"), shard, str(tmp_path / out)]
+        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
+    one, two = (load_visual_tokenizer(tmp_path / out) for out in ("one", "two"))
+    assert isinstance(one, VQKDTokenizer) and isinstance(two, VQKDTokenizer)
+    mine, theirs = one._model.state_dict(), two._model.state_dict()
+    # Six steps with the codebook after thirty without: sums in another order, nothing else.
+    torch.testing.assert_close(
+        theirs["codebook.weight"], mine["codebook.weight"], atol=1e-3, rtol=0
+    )
+    pixels = scene_pictures(48)
+    assert (one.encode(pixels) == two.encode(pixels)).float().mean() > 0.98

@@ -1,8 +1,10 @@
 """Training of the visual tokenizer (VQ-KD): one loop, watched for a collapsing codebook."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlbeit.checkpoint import Checkpoint
 from vlbeit.config import InputConfig, OptimConfig, VisualTokenizerConfig, to_dict
-from vlbeit.data.order import SourceOrder, StreamOrder, Visit
+from vlbeit.data.order import SourceOrder, StreamOrder, Visit, source_weights
 from vlbeit.data.records import BadSample, RecordSource
 from vlbeit.data.transforms import BadImage, augment, decode_image, plain
 from vlbeit.draws import Draws
-from vlbeit.errors import DataBudgetError, InputError, NonFiniteError
+from vlbeit.errors import DataBudgetError, InputError, NonFiniteError, StopRequested
 from vlbeit.nn.weights import STD, initialise
 from vlbeit.tokens.quantizer import CodeUse, code_use
 from vlbeit.tokens.teachers import PIXELS, Teacher, build_teacher
 from vlbeit.tokens.visual import VisualTokenizer
 from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
 from vlbeit.train.distributed import World
-from vlbeit.train.optim import decays, lr_at, set_lr
+from vlbeit.train.optim import (
+    decays,
+    load_optimizer_tensors,
+    lr_at,
+    optimizer_tensors,
+    set_lr,
+)
 from vlbeit.validate import validate_tokenizer
 
 LOG_EVERY = 20
 """Steps between two rows of the log."""
 START_SAMPLES = 8
-"""k-means starts from at least this many patch vectors a code."""
+"""k-means starts from at least this many patch vectors a code; the use of codes in the log is
+that of the last steps with as many."""
 LOW_USE = 0.5
 """Below this share of used codes the log raises an alarm."""
 CACHE_BYTES = 512 << 20
@@ -47,6 +57,19 @@ TRUNCATED = 0.5396
 Log = Callable[[dict[str, Any]], None]
 
 
+Save = Callable[[int, Mapping[str, Tensor], Mapping[str, Tensor], dict[str, Any]], None]
+"""(step, model tensors, optimizer tensors, state): see `checkpoint.save_checkpoint`."""
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How a training is saved on its way: every `every` steps, and `resume` to go on from."""
+
+    every: int
+    save: Save
+    resume: Checkpoint | None = None
+
+
 class PictureReader:
     """Pictures of some sources: decoded once if there is room, bad ones counted by name."""
 
@@ -58,6 +81,15 @@ class PictureReader:
         self._log = log
         self._bad: dict[tuple[str, int], str] = {}
         self._visits = 0
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; plain JSON."""
+        return {"visits": self._visits, "bad": [[*key, why] for key, why in self._bad.items()]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state()`: nothing is counted or logged twice."""
+        self._visits = state["visits"]
+        self._bad = {(source, index): reason for source, index, reason in state["bad"]}
 
     def picture(self, source: str, index: int) -> np.ndarray | None:
         """(H, W, 3) uint8; None for a bad record, which is logged at its first visit.
@@ -112,6 +144,8 @@ def train_visual_tokenizer(
     precision: str = "fp32",
     world: World | None = None,
     stop: Callable[[], bool] = lambda: False,
+    keeping: Keeping | None = None,
+    log_every: int = LOG_EVERY,
 ) -> VisualTokenizer:
     """Train on the pictures of `sources` and save into the folder `out`.
 
@@ -120,7 +154,7 @@ def train_visual_tokenizer(
     whole batch.
 
     Args:
-        log: gets a row every 20 steps (`step`, `loss`, `pixel_loss`, `feature_loss`,
+        log: gets a row every `log_every` steps (`step`, `loss`, `pixel_loss`, `feature_loss`,
             `commitment`, `lr`, `pictures_per_second`, and after the warmup `used`, `perplexity`,
             `entropy`, `top_code_share`, `revived`), rows with `alarm` when few codes are used, rows
             with `skipped` for bad pictures, and one with `done` at the end.
@@ -128,13 +162,15 @@ def train_visual_tokenizer(
         input: order and budget for bad pictures.
         precision: "bf16" runs the network under autocast; the lookup stays in fp32.
         world: ranks that take part; None: this process alone.
-        stop: asked after every step, with one answer on all ranks; True ends the training early.
+        stop: asked after every step, with one answer on all ranks; True saves and stops.
+        keeping: saves on the way, and what to go on from; the result is the same.
 
     Raises:
         ConfigError: settings that do not fit together.
         InputError: no pictures.
         DataBudgetError: too many bad pictures.
         NonFiniteError: a loss that is no number.
+        StopRequested: `stop` said so.
     """
     validate_tokenizer(config, "tokenizer")
     world = world or World(device=torch.device(device))
@@ -163,22 +199,41 @@ def train_visual_tokenizer(
 
     # ---- data
     orders = [SourceOrder(s.name, s.sizes, seed, input.shuffle_window) for s in sources]
-    weights = {order.name: float(len(order)) for order in orders}
+    records = {order.name: len(order) for order in orders}
+    stream = StreamOrder(orders, source_weights(records, input.weights))
     steps = min(max_steps or config.total_steps, config.total_steps)
-    batches = _batches(config, StreamOrder(orders, weights), reader, seed, world, steps)
+
+    # ---- where a run before this one was
+    done, started, cursors = 0, False, stream.start()
+    if keeping is not None and keeping.resume is not None:
+        found = keeping.resume
+        model.load_state_dict(found.model_tensors())
+        load_optimizer_tensors(optimizer, found.optimizer_tensors())
+        done, started, cursors = found.step, found.state["started"], found.state["cursors"]
+        reader.restore(found.state["reader"])
+
+    def save(step: int) -> None:
+        if keeping is not None:
+            state = {"started": started, "cursors": cursors, "reader": reader.state()}
+            keeping.save(step, model.state_dict(), optimizer_tensors(optimizer), state)
 
     # ---- go
-    window = torch.zeros(config.codes, dtype=torch.float64, device=device)
+    patches = (config.image_size[0] // config.patch) * (config.image_size[1] // config.patch)
+    recent: deque[Tensor] = deque(
+        maxlen=max(1, -(-START_SAMPLES * config.codes // (config.batch * patches)))
+    )
     watch = _Watch(config, say)
     revived, since, shown_pictures = 0, time.monotonic(), 0
-    step, started = 0, False
-    for step, pixels in enumerate(batches, start=1):
+    step = done
+    batches = _batches(config, stream, cursors, reader, seed, world, steps - done)
+    for step, (pixels, after) in enumerate(batches, start=done + 1):
+        cursors = after
         pixels = pixels.to(device, non_blocking=True)
         # Until the warmup is over the encoder learns without the codebook; see VQKD.forward.
         coded = step > config.warmup_steps or not config.kmeans_iterations
         if coded and not started:
             started = True
-            _start_codebook(model, config, orders, reader, seed, world, device)
+            _start_codebook(model, config, stream, reader, seed, world, device)
         set_lr(optimizer, lr_at(step, optim))
         counted = float(world.sum_over_ranks(torch.tensor([float(len(pixels))], device=device)))
         if not counted:
@@ -207,17 +262,17 @@ def train_visual_tokenizer(
         if coded:
             draws = Draws(seed, "revive", step)
             with world.guard("moving the codebook"):
-                window += model.codebook.update(units, codes)
+                recent.append(model.codebook.update(units, codes))
                 revived += model.codebook.revive(units, codes, draws, config.revive_below)
         shown_pictures += int(counted)
-        if step % LOG_EVERY == 0 or step == steps:
+        if step % log_every == 0 or step == steps:
             total, pixel, feature, commitment = world.sum_over_ranks(values).tolist()
             if not np.isfinite(total):
                 raise NonFiniteError(
                     f"visual tokenizer: loss {total} at step {step}; lower tokenizer.lr "
                     f"({config.lr}) or use --precision fp32"
                 )
-            use = code_use(window)
+            use = code_use(sum(recent, torch.zeros(config.codes, device=device)))
             seconds = time.monotonic() - since
             say(
                 {
@@ -231,14 +286,18 @@ def train_visual_tokenizer(
                     "pictures_per_second": shown_pictures / max(seconds, 1e-9),
                 }
             )
-            watch.look(step, steps, use, float(window.sum()))
-            window.zero_()
+            if len(recent) == recent.maxlen:
+                watch.look(step, steps, use)
             revived, since, shown_pictures = 0, time.monotonic(), 0
-        if stop():
-            break
-
+        stopping = stop()
+        if stopping or step == steps or (keeping is not None and step % keeping.every == 0):
+            save(step)
+        if stopping and step < steps:
+            raise StopRequested(
+                f"visual tokenizer: stopped on request after step {step} of {steps}"
+            )
     if not started:  # stopped within the warmup
-        _start_codebook(model, config, orders, reader, seed, world, device)
+        _start_codebook(model, config, stream, reader, seed, world, device)
 
     # ---- done
     facts: dict[str, Any] = {
@@ -249,9 +308,9 @@ def train_visual_tokenizer(
         "sources": {source.name: len(source) for source in sources},
     }
     tokenizer = VQKDTokenizer(model, facts)
-    use = _final_use(tokenizer, reader, orders, config, device)
+    use = _final_use(tokenizer, reader, stream, config, device)
     tokenizer.facts["code_use"] = _use_row(use)
-    watch.look(step, steps, use, float("inf"))
+    watch.look(step, steps, use)
     say({"done": str(out), "digest": tokenizer.digest, "steps": step, **_use_row(use)})
     if world.main:
         tokenizer.save(out)
@@ -294,9 +353,8 @@ class _Watch:
         self._say = say
         self._next = config.warmup_steps
 
-    def look(self, step: int, steps: int, use: CodeUse, seen: float) -> None:
-        """`seen` vectors used that share of the codes; too few vectors say nothing."""
-        if step < self._next or seen < START_SAMPLES * self._config.codes or use.used >= LOW_USE:
+    def look(self, step: int, steps: int, use: CodeUse) -> None:
+        if step <= self._next or use.used >= LOW_USE:
             return
         self._next = step + max(1, steps // 10)
         config, remedies = self._config, []
@@ -325,6 +383,7 @@ def _groups(model: VQKD, config: VisualTokenizerConfig) -> list[dict[str, object
     return [
         {
             "params": [p for name, p in named if decays(name, p) == decay],
+            "names": [name for name, p in named if decays(name, p) == decay],
             "weight_decay": config.weight_decay if decay else 0.0,
             "lr": config.lr,
         }
@@ -371,28 +430,32 @@ def _load(
 def _batches(
     config: VisualTokenizerConfig,
     order: StreamOrder,
+    cursors: dict[str, int],
     reader: PictureReader,
     seed: int,
     world: World,
     steps: int,
-) -> Iterator[Tensor]:
-    """This rank's pictures of each step, prepared ahead by one thread (Pillow frees the GIL)."""
-    cursors = order.start()
+) -> Iterator[tuple[Tensor, dict[str, int]]]:
+    """This rank's pictures of each step and the cursors after it.
+
+    Prepared ahead by one thread (Pillow frees the interpreter's lock).
+    """
     with ThreadPoolExecutor(1) as thread:
-        waiting: list[Future[Tensor]] = []
+        waiting: deque[tuple[Future[Tensor], dict[str, int]]] = deque()
         for made in range(steps + AHEAD):
             if made < steps:
                 visits, cursors = order.take(cursors, config.batch)
                 mine = _rank_slice(visits, world)
-                waiting.append(thread.submit(_load, config, reader, mine, seed))
-            if made >= AHEAD:
-                yield waiting.pop(0).result()
+                waiting.append((thread.submit(_load, config, reader, mine, seed), cursors))
+            if made >= min(AHEAD, steps) and waiting:
+                future, after = waiting.popleft()
+                yield future.result(), after
 
 
 def _start_codebook(
     model: VQKD,
     config: VisualTokenizerConfig,
-    orders: Sequence[SourceOrder],
+    stream: StreamOrder,
     reader: PictureReader,
     seed: int,
     world: World,
@@ -401,8 +464,6 @@ def _start_codebook(
     """k-means on the vectors of the first pictures, as many as the codebook needs."""
     patches = (config.image_size[0] // config.patch) * (config.image_size[1] // config.patch)
     pictures = max(config.batch, -(-START_SAMPLES * config.codes // patches))
-    weights = {order.name: float(len(order)) for order in orders}
-    stream = StreamOrder(list(orders), weights)
     visits, _ = stream.take(stream.start(), pictures)
     mine = _rank_slice(visits, world)
     found = []
@@ -423,21 +484,17 @@ def _start_codebook(
 def _final_use(
     tokenizer: VQKDTokenizer,
     reader: PictureReader,
-    orders: Sequence[SourceOrder],
+    stream: StreamOrder,
     config: VisualTokenizerConfig,
     device: torch.device | str,
 ) -> CodeUse:
     """How the finished tokenizer uses its codes, on whole pictures of the training data."""
-    weights = {order.name: float(len(order)) for order in orders}
-    stream = StreamOrder(list(orders), weights)
-    count = min(FINAL_IMAGES, sum(len(order) for order in orders))
+    count = min(FINAL_IMAGES, sum(len(order) for order in stream.orders.values()))
     visits, _ = stream.take(stream.start(), count)
     images = (reader.picture(visit.source, visit.index) for visit in visits)
     shown = [torch.from_numpy(plain(i, config.image_size)) for i in images if i is not None]
     if not shown:
-        raise DataBudgetError(
-            f"none of {count} pictures of {', '.join(order.name for order in orders)} can be read"
-        )
+        raise DataBudgetError(f"none of {count} pictures of {', '.join(stream.orders)} can be read")
     counts = torch.zeros(config.codes, dtype=torch.int64)
     for at in range(0, len(shown), config.batch):
         codes = tokenizer.encode(torch.stack(shown[at : at + config.batch]).to(device))

@@ -1,0 +1,402 @@
+"""`vlbeit tokenizer`: train-text, train-visual, import, show."""
+
+import argparse
+import glob
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlbeit.checkpoint import load_newest, remove_leftovers, save_checkpoint
+from vlbeit.config import TextTokenizerConfig, TokenizerRunConfig, digest, to_dict
+from vlbeit.data.dataset import open_sources
+from vlbeit.data.transforms import BadText, clean_text
+from vlbeit.errors import ConfigError, InputError
+from vlbeit.overrides import parse_config
+from vlbeit.recipes import PRETRAIN
+from vlbeit.tokens.text import (
+    FILE_NAME,
+    TextTokenizer,
+    import_bert_vocab,
+    import_sentencepiece,
+    tokenizer_facts,
+    train_text_tokenizer,
+)
+from vlbeit.tokens.visual import load_visual_tokenizer
+from vlbeit.train.distributed import (
+    World,
+    init_world,
+    set_threads,
+    use_deterministic_kernels,
+)
+from vlbeit.train.runfolder import RunFolder, environment
+from vlbeit.train.signals import StopSignal
+from vlbeit.train.tokenizers import all_texts
+from vlbeit.train.visual_tokenizer import Keeping, train_visual_tokenizer
+from vlbeit.types import Stream
+
+USAGE = """usage: vlbeit tokenizer VERB ...
+
+  train-text    --data DIR ... | --lines FILE ...  --out DIR [--kind --vocab --lowercase]
+  train-visual  RECIPE --data DIR ... --run-dir DIR [--tokenizer.codes N ...]
+  import        FILE --out DIR     a SentencePiece .model or a BERT vocab.txt
+  show          PATH [--text WORDS | --image FILE --out PICTURE.png] [--json]
+
+`vlbeit tokenizer VERB --help` for one of them."""
+
+_UNUSED = {
+    "input": (
+        "images",
+        "pairs",
+        "text_length",
+        "pair_text_length",
+        "workers",
+        "loader_timeout",
+    ),
+    "log": ("ledger", "tensorboard", "eval_every", "eval_samples"),
+    "runtime": ("checkpoint_activations",),
+}
+"""Settings of the shared groups that mean nothing here; a value of one's own is refused."""
+
+_MAY_CHANGE = ("run_dir", "data", "max_steps", "save_every", "device", "log", "runtime")
+"""What may differ when a run goes on."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one of the verbs."""
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "train-text": _train_text,
+        "train-visual": _train_visual,
+        "import": _import,
+        "show": _show,
+    }
+    words = list(argv)
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if not words or words[0] not in verbs:
+        found = repr(words[0]) if words else "nothing"
+        raise ConfigError(f"vlbeit tokenizer: found {found} for a verb\n{USAGE}")
+    return verbs[words[0]](words[1:])
+
+
+# Text --------------------------------------------------------------------------------------------
+
+
+def _train_text(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlbeit tokenizer train-text",
+        description="Learn a subword vocabulary; the same text gives the same file.",
+    )
+    parser.add_argument("--data", nargs="+", default=[], help="prepared data folders")
+    parser.add_argument("--lines", nargs="+", default=[], help="text files, one text a line")
+    parser.add_argument("--out", required=True, help="folder for tokenizer.json")
+    parser.add_argument("--kind", choices=("unigram", "wordpiece"), default="unigram")
+    parser.add_argument("--vocab", type=int, default=TextTokenizerConfig().vocab)
+    parser.add_argument("--lowercase", action="store_true")
+    given = parser.parse_args(words)
+    if not given.data and not given.lines:
+        raise ConfigError("tokenizer train-text: give --data or --lines")
+    config = TextTokenizerConfig(kind=given.kind, vocab=given.vocab, lowercase=given.lowercase)
+    tokenizer = train_text_tokenizer(_texts(given.data, given.lines), config)
+    path = tokenizer.save(given.out)
+    print(f"{path}: {tokenizer.kind}, {tokenizer.size} pieces, digest {tokenizer.digest}")
+    if tokenizer.size < config.vocab:
+        print(f"the text held no more pieces than {tokenizer.size} ({config.vocab} asked for)")
+    return 0
+
+
+def _texts(folders: Sequence[str], files: Sequence[str]) -> Iterator[str]:
+    streams: tuple[Stream, ...] = ("text", "pair")
+    yield from all_texts({stream: open_sources(folders, stream, "train") for stream in streams})
+    for pattern in files:
+        paths = sorted(glob.glob(pattern)) or [pattern]
+        for path in paths:
+            try:
+                with open(path, "rb") as file:
+                    for line in file:
+                        try:
+                            yield clean_text(line)
+                        except BadText:
+                            continue
+            except OSError as error:
+                raise InputError(f"--lines {path}: cannot be read ({error.strerror})") from None
+
+
+def _import(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlbeit tokenizer import",
+        description=(
+            "Bring a SentencePiece Unigram .model or a BERT vocab.txt under this project's ids: "
+            "[PAD] [UNK] [T_CLS] [T_SEP] [MASK] are 0 to 4, then the file's own pieces in order."
+        ),
+    )
+    parser.add_argument("file")
+    parser.add_argument("--out", required=True, help="folder for tokenizer.json")
+    given = parser.parse_args(words)
+    path = Path(given.file)
+    tokenizer = import_bert_vocab(path) if path.suffix == ".txt" else import_sentencepiece(path)
+    written = tokenizer.save(given.out)
+    print(f"{written}: {tokenizer.kind}, {tokenizer.size} pieces, digest {tokenizer.digest}")
+    return 0
+
+
+# Show --------------------------------------------------------------------------------------------
+
+
+def _show(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlbeit tokenizer show",
+        description="What a tokenizer is, and what it makes of a text or a picture.",
+    )
+    parser.add_argument("path", help="tokenizer.json, or a folder with it or a visual tokenizer")
+    parser.add_argument("--text", help="cut this text into pieces")
+    parser.add_argument("--image", help="encode this picture")
+    parser.add_argument("--out", help="with --image: PNG of the picture and its decoded codes")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args(words)
+    path = Path(given.path)
+    is_text = path.is_file() or (path / FILE_NAME).is_file()
+    if is_text and (given.image or given.out):
+        raise ConfigError(f"{path} is a text tokenizer; --image and --out are for a visual one")
+    if not is_text and given.text is not None:
+        raise ConfigError(f"{path} is no text tokenizer; --text is for one")
+    facts = _show_text(path, given.text) if is_text else _show_visual(path, given.image, given.out)
+    if given.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        for name, value in facts.items():
+            print(f"{name}: {value}")
+    return 0
+
+
+def _show_text(path: Path, text: str | None) -> dict[str, Any]:
+    tokenizer = TextTokenizer.load(path)
+    facts = tokenizer_facts(tokenizer)
+    if text is not None:
+        ids = tokenizer.encode(text)
+        facts["pieces"] = tokenizer.pieces(ids)
+        facts["ids"] = ids.tolist()
+    return facts
+
+
+def _show_visual(path: Path, image: str | None, out: str | None) -> dict[str, Any]:
+    from PIL import Image
+
+    from vlbeit.data.transforms import BadImage, decode_image, plain
+
+    tokenizer = load_visual_tokenizer(path)
+    facts: dict[str, Any] = {
+        "codes": tokenizer.codes,
+        "patch": tokenizer.patch,
+        "image_size": list(tokenizer.image_size),
+        "digest": tokenizer.digest,
+        "facts": tokenizer.facts,
+    }
+    if out and not image:
+        raise ConfigError("tokenizer show: --out needs --image")
+    if image:
+        try:
+            picture = plain(decode_image(Path(image).read_bytes()), tokenizer.image_size)
+        except OSError as error:
+            raise InputError(f"--image {image}: cannot be read ({error.strerror})") from None
+        except BadImage as bad:
+            raise InputError(f"--image {image}: {bad.reason} ({bad.detail})") from None
+        pixels = torch.from_numpy(picture)[None]
+        rows, columns = (side // tokenizer.patch for side in tokenizer.image_size)
+        codes = tokenizer.encode(pixels).reshape(1, rows, columns)
+        facts["image_codes"] = codes[0].tolist()
+        if out:
+            both = torch.cat((pixels, tokenizer.decode(codes)), dim=-1)[0]
+            Image.fromarray(both.permute(1, 2, 0).numpy()).save(out, "PNG")
+    return facts
+
+
+# Visual ------------------------------------------------------------------------------------------
+
+
+def _recipe(name: str) -> Callable[[], TokenizerRunConfig]:
+    """The tokenizer of a pretraining recipe as a run of its own."""
+
+    def build() -> TokenizerRunConfig:
+        whole = PRETRAIN[name]()
+        visual = whole.tokenizers.train_visual
+        return TokenizerRunConfig(
+            recipe=name,
+            run_dir=f"runs/{name}-visual",
+            max_steps=visual.total_steps,
+            save_every=max(1, visual.total_steps // 10),
+            tokenizer=visual,
+        )
+
+    return build
+
+
+def _train_visual(words: list[str]) -> int:
+    recipes = {name: _recipe(name) for name in PRETRAIN}
+    config = parse_config(
+        TokenizerRunConfig, recipes, words, command="vlbeit tokenizer train-visual"
+    )
+    _refuse_unused(config)
+    stop = StopSignal().install()
+    world = init_world(config.device, config.runtime.step_timeout)
+    threads = set_threads(config.runtime.threads, world.local_size)
+    use_deterministic_kernels()
+    folder = RunFolder(config.run_dir) if world.main else None
+    try:
+        world.on_main(lambda: folder.acquire() if folder is not None else None)
+        _run(config, world, threads, folder, stop)
+    finally:
+        if folder is not None:
+            folder.release()
+    return 0
+
+
+def _refuse_unused(config: TokenizerRunConfig) -> None:
+    plain = TokenizerRunConfig(recipe=config.recipe)
+    for group, names in _UNUSED.items():
+        for name in names:
+            if getattr(getattr(config, group), name) != getattr(getattr(plain, group), name):
+                hint = "; the tokenizer's crop is tokenizer.crop" if name == "images" else ""
+                raise ConfigError(
+                    f"{group}.{name} means nothing to train-visual{hint}; leave it out"
+                )
+    for name in ("save_every", "max_steps"):
+        if getattr(config, name) < 1:
+            raise ConfigError(f"{name} must be at least 1, found {getattr(config, name)}")
+    if not config.data:
+        raise ConfigError("train-visual: no --data; give prepared folders (`vlbeit prepare`)")
+
+
+def _run(
+    config: TokenizerRunConfig,
+    world: World,
+    threads: int,
+    folder: RunFolder | None,
+    stop: StopSignal,
+) -> None:
+    run_dir = Path(config.run_dir)
+
+    def say(text: str) -> None:
+        if folder is not None:
+            folder.log(text)
+
+    def choose() -> str:
+        remove_leftovers(run_dir, say)
+        newest = load_newest(run_dir, say)
+        return "" if newest is None else str(newest.folder)
+
+    world.on_main(choose)
+    resume = load_newest(run_dir, lambda text: None)
+    if resume is not None:
+        _check_same(config, resume.config, resume.folder)
+        for words in resume.differences(world_size=world.size, threads=threads):
+            say(f"note: {words}")
+    pictures = open_sources(config.data, "image", "train", images_from_pairs=True)
+    step = 0 if resume is None else resume.step
+
+    def start() -> None:
+        assert folder is not None
+        folder.truncate_after(step)
+        folder.write_json("config.json", to_dict(config))
+        folder.write_json(
+            "env.json", environment(world_size=world.size, threads=threads, device=world.device)
+        )
+        say(
+            f"visual tokenizer: {config.tokenizer.codes} codes from "
+            f"{sum(len(s) for s in pictures)} pictures of {', '.join(s.name for s in pictures)}, "
+            f"{config.max_steps} steps, config {digest(config.tokenizer)[:12]}"
+        )
+        if resume is not None:
+            say(f"going on from {resume.folder}")
+
+    world.on_main(start)
+
+    def save(
+        at: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Tensor],
+        state: dict[str, Any],
+    ) -> None:
+        def write() -> None:
+            assert folder is not None
+            folder.sync()
+            place = save_checkpoint(
+                run_dir,
+                at,
+                model_tensors=model,
+                optimizer_tensors=optimizer,
+                state=state,
+                config=to_dict(config),
+                preprocessor={"image_size": list(config.tokenizer.image_size)},
+                text_tokenizer=_NoText(),
+                visual_tokenizer=None,
+                world_size=world.size,
+                threads=threads,
+                keep=config.log.keep,
+                log=say,
+            )
+            say(f"saved {place}")
+
+        world.on_main(write)
+
+    def row(values: dict[str, Any]) -> None:
+        assert folder is not None
+        if "skipped" in values:
+            folder.skips.append({"step": 0, **values})
+        elif "alarm" in values:
+            say(f"ALARM {values['alarm']}")
+        elif "loss" in values:
+            folder.metrics.append(values | {"loss": values["loss"].hex()})
+            if values["step"] % config.log.print_every == 0:
+                say(", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+        else:
+            say(", ".join(f"{name} {_short(value)}" for name, value in values.items()))
+
+    def asked() -> bool:
+        flag = torch.tensor([float(stop.requested)], device=world.device)
+        return bool(world.sum_over_ranks(flag) > 0)
+
+    train_visual_tokenizer(
+        config.tokenizer,
+        pictures,
+        run_dir / "visual",
+        seed=config.seed,
+        device=world.device,
+        log=row,
+        max_steps=config.max_steps,
+        input=config.input,
+        precision=config.precision,
+        world=world,
+        stop=asked,
+        keeping=Keeping(config.save_every, save, resume),
+        log_every=config.log.every,
+    )
+    say(f"done: {run_dir / 'visual'}; use it with --tokenizers.visual {run_dir / 'visual'}")
+    world.close()
+
+
+class _NoText:
+    """A checkpoint asks for a text tokenizer; a run that trains a visual one has none."""
+
+    digest = ""
+
+    def save(self, folder: Path) -> None:
+        """Nothing to write."""
+
+
+def _check_same(config: TokenizerRunConfig, saved: Mapping[str, Any], folder: Path) -> None:
+    now = to_dict(config)
+    for name, value in now.items():
+        if name not in _MAY_CHANGE and saved.get(name) != value:
+            raise ConfigError(
+                f"{folder}: was trained with {name} = {saved.get(name)}, this command says "
+                f"{value}; use the same settings or another --run-dir"
+            )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
