@@ -110,6 +110,10 @@ def test_a_model_that_reads_the_picture_has_a_gap_of_the_expected_size(world):
     gap = found["word_gap"]["sighted_minus_blind"]["accuracy"]
     assert gap["value"] == pytest.approx(sighted - blind) and gap["low"] > 0
     assert found["attributes"]["kinds"]["colour"]["sighted"]["value"] == 1.0
+    words = found["attributes"]
+    assert words["sighted_minus_blind"]["value"] == pytest.approx(
+        words["sighted"]["value"] - words["blind"]["value"]
+    )
 
 
 def test_a_model_that_ignores_the_picture_has_no_gap_at_all(world):

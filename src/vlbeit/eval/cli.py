@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
 
@@ -59,7 +59,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(f"{found['checkpoint']} (step {found['step']}) on {found['split']}: {samples}")
     if found["skipped"]:
         console.print(f"{len(found['skipped'])} bad samples left out, first: {found['skipped'][0]}")
-    table = Table("objective", "accuracy", "loss (nats)", "most frequent answer", "predicted")
+    table = table_of("objective", "accuracy", "loss (nats)", "top answer", "predicted")
     for name, row in found["objectives"].items():
         table.add_row(
             name,
@@ -75,7 +75,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     ):
         if what not in found:
             continue
-        table = Table(f"hidden {what} of pairs", "accuracy", "loss (nats)")
+        table = table_of(f"hidden {what} of pairs", "accuracy", "loss (nats)")
         for name, row in found[what].items():
             table.add_row(conditions[name], percent(row["accuracy"]), nats(row["loss"]))
         for name, row in found[gaps].items():
@@ -86,15 +86,14 @@ def show(found: dict[str, Any], console: Console) -> None:
         console.print(attribute_table(found["attributes"]))
 
 
+def table_of(first: str, *others: str) -> Table:
+    """Only the first column may wrap: figures stay in one piece on a narrow terminal."""
+    return Table(Column(first), *(Column(name, no_wrap=True) for name in others), padding=(0, 0))
+
+
 def attribute_table(found: dict[str, Any]) -> Table:
-    table = Table(
-        "hidden attribute word",
-        "sighted",
-        "blind",
-        "prior",
-        "asked",
-        caption=f"headline: {', '.join(found['headline'])}",
-    )
+    table = table_of("hidden attribute word", "sighted", "blind", "prior", "asked")
+    table.caption = f"headline: {', '.join(found['headline'])}"
     rows = {**found["kinds"], "headline": found}
     for name, row in rows.items():
         table.add_row(

@@ -324,11 +324,13 @@ def word_ids(text: TextTokenizer, names: Sequence[str]) -> np.ndarray:
 def attribute_row(
     words: Mapping[str, Rows], ids: np.ndarray, samples: int, counts: np.ndarray
 ) -> dict[str, Any]:
-    """The accuracy under each condition, on hidden words that are among `ids`."""
+    """The accuracy under each condition, on hidden words that are among `ids`, the paired gap
+    between sighted and blind, and the prior."""
     asked = {name: rows.where(np.isin(rows.answer, ids)) for name, rows in words.items()}
     found = {name: measured(rows, samples, counts) for name, rows in asked.items()}
     return {
         "count": found["sighted"]["count"],
         **{name: row["accuracy"] for name, row in found.items()},
+        "sighted_minus_blind": gap(asked["sighted"], asked["blind"], samples, counts)["accuracy"],
         "prior": found["sighted"]["top_share"],
     }

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlbeit.data.transforms import BadImage, BadText
 from vlbeit.errors import ConfigError, InputError
-from vlbeit.eval.evaluate import load_run
+from vlbeit.eval.evaluate import LoadedRun, load_run
 from vlbeit.eval.fill import (
     draw_filled,
     fill_patches,
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def read_picture(run: Any, path: Path) -> np.ndarray:
+def read_picture(run: LoadedRun, path: Path) -> np.ndarray:
     try:
         return open_picture(run, path.read_bytes())
     except OSError as error:

@@ -210,9 +210,14 @@ def summary(evaluation: Mapping[str, Any]) -> str:
     if in_attributes:
         text += f", and always saying the most frequent word would reach {percent(words['prior'])}"
     prior = words["prior"] if in_attributes else 0.0
-    if sighted["low"] > max(blind["high"], prior):
+    gap = (
+        words["sighted_minus_blind"]
+        if in_attributes
+        else evaluation["word_gap"]["sighted_minus_blind"]["accuracy"]
+    )
+    if gap["low"] > 0 and sighted["low"] > prior:
         text += ". So it reads the answers off the picture."
-    elif sighted["low"] > blind["high"]:
+    elif gap["low"] > 0:
         text += ". So it uses the picture, but is not clearly better than such a guess yet."
     else:
         text += ". The two do not differ clearly: it has not learned to look, or not yet."

@@ -232,7 +232,10 @@ def metrics_of(
             **{name: row[name]["value"] for name in conditions},
             "prior": row["prior"],
             "count": row["count"],
-            "intervals": {name: [row[name]["low"], row[name]["high"]] for name in conditions},
+            "intervals": {
+                name: [row[name]["low"], row[name]["high"]]
+                for name in (*conditions, "sighted_minus_blind")
+            },
         }
 
     def losses(row: Mapping[str, Any]) -> dict[str, float]:
