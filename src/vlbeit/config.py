@@ -161,7 +161,6 @@ class TextTokenizerConfig:
     vocab: int = 64000
     """Size of the vocabulary, special tokens included."""
     lowercase: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

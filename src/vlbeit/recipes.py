@@ -61,13 +61,17 @@ def tiny() -> PretrainConfig:
                 width=96,
                 layers=2,
                 heads=4,
-                ffn=384,
+                ffn=192,
                 decoder_layers=1,
+                # A short run: the codebook must move, and unused codes come back, faster than
+                # in BEiT v2's hundred epochs.
+                decay=0.97,
+                revive_below=0.1,
                 crop=CropConfig(scale=(0.6, 1.0), flip=0.5, jitter=0.0),
-                batch=64,
-                lr=1e-3,
-                warmup_steps=50,
-                total_steps=600,
+                batch=32,
+                lr=4e-3,
+                warmup_steps=100,
+                total_steps=700,
             ),
         ),
     )

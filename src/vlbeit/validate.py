@@ -69,7 +69,8 @@ def validate(config: PretrainConfig) -> None:
         length = getattr(config.input, name)
         require(
             3 <= length <= model.text_positions,
-            f"input.{name} must be 3..{model.text_positions} (model.text_positions), found {length}",
+            f"input.{name} must be 3..{model.text_positions} (model.text_positions), "
+            f"found {length}",
         )
     for name in ("text", "pair_text", "image"):
         share = getattr(masking, name)
