@@ -78,34 +78,28 @@ def captions(world: World, draws: Draws) -> tuple[str, ...]:
     """
     if len(world.groups) == 1:
         return _captions_of_one(world.groups[0], world.ground)
-    swapped = draws.uniforms(4) < 0.5
+    swapped = draws.uniforms(5) < 0.5
     pairs = [world.groups[::-1] if swap else world.groups for swap in swapped]
     a, b = pairs[0]
-    first = f"{a.size} {a.colour} {a.shape} with {b.size} {b.colour} {b.shape} {direction(b)}"
+    first = f"{_figure(a)} with {_figure(b)} {direction(b)}"
     a, b = pairs[1]
     second = (
-        f"look {direction(b)} from {a.size} {a.colour} {a.shape} "
-        f"to {b.count} x {b.colour} {b.shape}"
-    )
-    a, b = pairs[2]
-    third = (
         f"{a.count} x {a.texture} {a.colour} {a.shape} and {direction(b)} "
         f"{b.count} x {b.texture} {b.colour} {b.shape}"
     )
+    a, b = pairs[2]
+    third = f"look {direction(b)} from {_figure(a)} to {b.count} x {b.size} {b.colour} {b.shape}"
     a, b = pairs[3]
-    return first, second, third, _at_place(a), describe(World((a, b), world.ground))
+    return first, second, third, _at_place(pairs[4][0]), describe(World((a, b), world.ground))
 
 
 def describe(world: World) -> str:
     """The caption with every attribute of every figure (not of the ground)."""
     if len(world.groups) == 1:
         (g,) = world.groups
-        return f"{g.count} x {g.size} {g.texture} {g.colour} {g.shape} at the {g.place}"
+        return f"{g.count} x {_figure(g)} {g.place}"
     a, b = world.groups
-    return (
-        f"{a.count} x {a.size} {a.texture} {a.colour} {a.shape} and {direction(b)} "
-        f"{b.count} x {b.size} {b.texture} {b.colour} {b.shape}"
-    )
+    return f"{a.count} x {_figure(a)} and {direction(b)} {b.count} x {_figure(b)}"
 
 
 def direction(group: Group) -> str:
@@ -115,16 +109,21 @@ def direction(group: Group) -> str:
 
 def _captions_of_one(g: Group, ground: Ground) -> tuple[str, ...]:
     return (
-        f"{g.count} x {g.texture} {g.colour} {g.shape}",
         f"{g.size} {g.colour} {g.shape} at the {g.place}",
+        f"{g.size} {g.texture} {g.shape} in {g.colour} at the {g.place}",
         _at_place(g),
-        f"on a {ground.tone} {ground.pattern} ground {g.size} {g.texture} {g.shape} in {g.colour}",
+        f"on a {ground.tone} {ground.pattern} ground {g.count} x {_figure(g)}",
         describe(World((g,), ground)),
     )
 
 
 def _at_place(g: Group) -> str:
-    return f"at the {g.place} {g.count} x {g.colour} {g.shape}"
+    return f"at the {g.place} {g.count} x {_figure(g)}"
+
+
+def _figure(g: Group) -> str:
+    """One figure of the group, all that can be said of it alone."""
+    return f"{g.size} {g.texture} {g.colour} {g.shape}"
 
 
 def prior_by_kind(lines: Iterable[str]) -> dict[str, float]:
