@@ -442,7 +442,7 @@ def numbers(module: nn.Module, *without: str) -> int:
 @pytest.fixture
 def build_unfilled(monkeypatch):
     """Builds at full size without memory or start values: only shapes are asked for."""
-    monkeypatch.setattr(model_module, "initialise", lambda module, seed: None)
+    monkeypatch.setattr(model_module, "initialise", lambda *_: None)
 
     def build(**changes: object) -> VLBeit:
         with torch.device("meta"):

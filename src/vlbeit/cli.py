@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from vlbeit import __version__
-from vlbeit.errors import ConfigError, VLBeitError
+from vlbeit.errors import ConfigError, LostWorkerError, VLBeitError
 
 PREPARE_NAMES = (
     "scenes", "images", "pairs", "text", "imagenet", "coco", "flickr30k", "vg", "cc3m", "sbu",
@@ -81,6 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
+    except LostWorkerError as error:
+        # The library behind the lost rank may hold the interpreter's exit up for many seconds.
+        _complain(str(error))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.exit_code)
     except VLBeitError as error:
         _complain(str(error))
         return error.exit_code

@@ -49,6 +49,12 @@ class ModelConfig:
     drop_path: float = 0.1
     """Stochastic depth at the last block; rises linearly from 0 at the first."""
     norm_eps: float = 1e-6
+    init_std: float = 0.02
+    """Standard deviation of fresh weights (BEiT). It suits a width of 768; narrower models learn
+    sooner from about 0.6 / sqrt(width)."""
+    position_std: float = 0.02
+    """The same for the image's position table. A few hundred patches of strong colours drown
+    positions of 0.02 in a narrow model, and with them every word that tells a place."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlbeit.config import ObjectiveConfig
+from vlbeit.nn.backbone import ROWS_STEP
 from vlbeit.nn.model import VLBeit
 from vlbeit.types import Batch, Score, States
 
@@ -25,7 +26,8 @@ def score_rows(rows: Tensor, answers: Tensor, head: Callable[[Tensor], Tensor]) 
 
     Shapes: rows (N, D), answers (N,) int64.
     """
-    logits = head(rows).float()
+    filled = F.pad(rows, (0, 0, 0, -len(rows) % ROWS_STEP))
+    logits = head(filled)[: len(rows)].float()
     return Score(
         loss_sum=F.cross_entropy(logits, answers, reduction="sum"),
         count=torch.tensor(len(answers), device=answers.device),

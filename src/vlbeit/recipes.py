@@ -9,6 +9,7 @@ from vlbeit.config import (
     LogConfig,
     MaskingConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     PretrainConfig,
     TextTokenizerConfig,
@@ -27,7 +28,6 @@ def tiny() -> PretrainConfig:
         run_dir="runs/tiny",
         max_steps=3_000,
         save_every=500,
-        precision="fp32",
         model=ModelConfig(
             width=128,
             layers=4,
@@ -39,7 +39,10 @@ def tiny() -> PretrainConfig:
             vocab=512,
             codes=256,
             text_positions=48,
+            layer_scale=0.0,
             drop_path=0.0,
+            init_std=0.05,
+            position_std=0.5,
         ),
         input=InputConfig(
             images=CropConfig(scale=(0.6, 1.0), flip=0.5, jitter=0.0),
@@ -48,9 +51,12 @@ def tiny() -> PretrainConfig:
             text_length=48,
             pair_text_length=40,
         ),
-        batch=BatchConfig(images=32, texts=16, pairs=64, micro=64),
+        batch=BatchConfig(images=16, texts=8, pairs=64, micro=64),
         masking=MaskingConfig(min_block=2),
-        optim=OptimConfig(lr=2e-3, warmup_steps=200, total_steps=3_000),
+        # A word of the small text batch would weigh seven times a word of the pairs, and most of
+        # what it asks cannot be known: at weight 1 the model learns to look ten times later.
+        objective=ObjectiveConfig(mlm=0.1, mim=0.1, mvlm_image=0.1),
+        optim=OptimConfig(lr=8e-4, betas=(0.9, 0.98), warmup_steps=60, total_steps=3_000),
         log=LogConfig(print_every=50, eval_every=250),
         tokenizers=TokenizersConfig(
             train_text=TextTokenizerConfig(kind="wordpiece", vocab=512, lowercase=True),

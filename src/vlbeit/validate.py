@@ -24,7 +24,13 @@ def validate_model(model: ModelConfig) -> None:
     )
     check_size("model.image_size", model.image_size, "model.patch", model.patch)
     require(0 <= model.drop_path < 1, f"model.drop_path must be in [0, 1), found {model.drop_path}")
+    check_spread("model.init_std", model.init_std)
+    check_spread("model.position_std", model.position_std)
     require(model.layer_scale >= 0, f"model.layer_scale must be >= 0, found {model.layer_scale}")
+
+
+def check_spread(name: str, std: float) -> None:
+    require(0 < std < 10, f"{name} must be above 0 and below 10, found {std}")
 
 
 def check_size(name: str, size: tuple[int, int], patch_name: str, patch: int) -> None:

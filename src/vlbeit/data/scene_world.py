@@ -32,11 +32,11 @@ PATTERNS: Final = ("flat", "lined", "barred", "checked", "shaded")
 
 SIDE: Final = 40
 """Units along a side of the picture, whatever its size in pixels."""
-STEP: Final = 4
+CELL: Final = 8
 """Figures are centred on a grid of this many units, so that a patch of 8 units shows few looks of a
 figure. A tiny model names shapes after a tenth of the steps that free positions cost it."""
 SUPERSAMPLE: Final = 4
-TWO_GROUPS: Final = 0.4
+TWO_GROUPS: Final = 0.3
 """Share of scenes with two groups."""
 
 _RGB: Final = {
@@ -79,7 +79,7 @@ class Group:
     texture: str
     count: str
     place: str
-    spots: tuple[tuple[int, int], ...]
+    spots: tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
@@ -119,31 +119,36 @@ def _draw_group(draws: Draws, place: str, wanted: Mapping[str, str]) -> Group:
     return Group(**drawn, place=place, spots=spots)
 
 
-def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[int, int], ...]:
-    """Centres on a grid of `STEP` units such that figures do not touch and stay on their half.
+def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[float, float], ...]:
+    """Centres such that figures do not touch and stay on their half.
 
-    A group at the left or right stands in a column, at the top or bottom in a row, straight or in
-    zigzag; three large figures only fit in zigzag.
+    A group at the left or right stands in a column, at the top or bottom in a row. Centres are
+    centres of the `CELL` x `CELL` cells, so that a patch of that size shows few looks of a figure;
+    only three large figures in a line stand closer to the border than cells do.
     """
     if place == "middle":
         sign = draws.choice((-1, 1))
         relative = {
             1: ((0, 0),),
             2: ((-8, 0), (8, 0)),
-            3: ((0, -8 * sign), (-8, 4 * sign), (8, 4 * sign)),
+            3: ((0, -8 * sign), (-8, 8 * sign), (8, 8 * sign)),
         }[count]
         if draws.uniform() < 0.5:
             relative = tuple((y, x) for x, y in relative)
         return tuple((20 + x, 20 + y) for x, y in relative)
 
-    shift = draws.choice((-STEP, 0, STEP)) if count < 3 else 0
-    along = [shift + at for at in ((20,), (12, 28), (8, 20, 32))[count - 1]]
-    first = draws.choice((8, 12))
-    straight = draws.uniform() < 0.5 and not (count == 3 and size == "large")
-    across = [first if straight or k % 2 == 0 else 20 - first for k in range(count)]
+    across = draws.choice((4, 12)) if size == "small" else 12
+    along: tuple[float, ...]
+    if count == 1:
+        # Away from the border only the middle of a side belongs to that side alone.
+        along = (draws.choice((12, 20, 28)) if across == 4 else 20,)
+    elif count == 2:
+        along = draws.choice(((12, 28), (4, 20), (20, 36))) if size == "small" else (12, 28)
+    else:
+        along = (4, 20, 36) if size == "small" else (6.5, 20, 33.5)
     if place in ("right", "bottom"):
-        across = [SIDE - at for at in across]
-    pairs = zip(across, along, strict=True)
+        across = SIDE - across
+    pairs = [(across, at) for at in along]
     return tuple(pairs if place in ("left", "right") else ((x, y) for y, x in pairs))
 
 

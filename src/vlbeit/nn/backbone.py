@@ -3,12 +3,18 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlbeit.nn.mome import Block
 from vlbeit.nn.positions import RelativeBias
 from vlbeit.types import Modality, States
+
+ROWS_STEP = 64
+"""Picked rows are filled up to a multiple of this. Their number differs from step to step, and a
+matrix library that compiles a product for every shape it meets (bf16 on a CPU) would compile new
+ones for ever and keep them: memory grew by 40 % over 250 steps of `tiny`."""
 
 
 class Backbone(nn.Module):
@@ -98,15 +104,18 @@ class Backbone(nn.Module):
         """
         x = states.x
         biases = self._biases(states)
+        places = wanted.flatten().nonzero().squeeze(1)  # (N,)
+        count = len(places)
+        places = F.pad(places, (0, -count % ROWS_STEP))
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             draws = layer_draws(states, layer)
             if layer == last:
-                x = block.rows(x, states.route, wanted, biases[layer], draws)  # type: ignore[operator]
+                x = block.rows(x, states.route, places, biases[layer], draws)  # type: ignore[operator]
             else:
                 x = self._block(block, x, states, biases[layer], draws)
         out: Tensor = self.norm(x)
-        return out
+        return out[:count]
 
 
 def layer_draws(states: States, layer: int) -> Tensor | None:

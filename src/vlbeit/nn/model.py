@@ -56,7 +56,7 @@ class VLBeit(nn.Module):
                 "mim": nn.Linear(config.width, config.codes),
             }
         )
-        initialise(self, seed)
+        initialise(self, seed, config.init_std, config.position_std)
 
     def embed_image(
         self, pixels: Tensor, patch_masked: Tensor | None = None, depth_draws: Tensor | None = None

@@ -107,37 +107,39 @@ class Block(nn.Module):
         self,
         x: Tensor,
         route: Sequence[Span],
-        wanted: Tensor,
+        places: Tensor,
         bias: Tensor | None = None,
         draws: Tensor | None = None,
     ) -> Tensor:
-        """The block's output at the wanted tokens only, in row-major order.
+        """The block's output at some tokens only.
 
         Attention still sees every token; its projection, the second norm and the experts run on
         the wanted rows. The numbers are those of `forward`.
 
-        Shapes: wanted (B, L) bool, return (N, D).
+        Shapes: places (N,) int64, row-major indices into (B, L); return (N, D).
         """
-        mixed = self.attention(self.norm1(x), bias)[wanted]  # (N, D)
+        length = x.shape[1]
+        mixed = self.attention(self.norm1(x), bias).flatten(0, 1)[places]  # (N, D)
         branch = self.attention.proj(mixed)
-        sample = wanted.nonzero()[:, 0] if draws is not None and self.drop_rate else None
+        sample = places // length if draws is not None and self.drop_rate else None
         if sample is not None and draws is not None:
             branch = branch * kept(draws[:, 0], self.drop_rate)[sample, None].to(branch.dtype)
-        picked = residual(x[wanted], branch, self.gamma_1)
-        branch = self._expert_rows(picked, route, wanted)
+        picked = residual(x.flatten(0, 1)[places], branch, self.gamma_1)
+        branch = self._expert_rows(picked, route, places % length)
         if sample is not None and draws is not None:
             branch = branch * kept(draws[:, 1], self.drop_rate)[sample, None].to(branch.dtype)
         return residual(picked, branch, self.gamma_2)
 
-    def _expert_rows(self, picked: Tensor, route: Sequence[Span], wanted: Tensor) -> Tensor:
+    def _expert_rows(self, picked: Tensor, route: Sequence[Span], columns: Tensor) -> Tensor:
+        """Shapes: picked (N, D), columns (N,) the place of each row in its sequence."""
         spans = self.spans(route)
         if len(spans) == 1:
             out: Tensor = self.experts[spans[0].modality.value](picked)
             return out
-        position = wanted.nonzero()[:, 1]  # (N,) column of each row
         branch, start = None, 0
         for span in spans:
-            here = ((position >= start) & (position < start + span.length)).nonzero().squeeze(1)
+            inside = (columns >= start) & (columns < start + span.length)
+            here = inside.nonzero().squeeze(1)
             start += span.length
             if len(here):
                 served = self.experts[span.modality.value](picked[here])

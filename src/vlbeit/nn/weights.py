@@ -8,16 +8,19 @@ from torch import Tensor, nn
 from vlbeit.draws import key_of
 from vlbeit.nn.mome import Block
 
-STD = 0.02
+BEIT_STD = 0.02
 
 
-def initialise(module: nn.Module, seed: int) -> None:
+def initialise(
+    module: nn.Module, seed: int, std: float = BEIT_STD, position_std: float = BEIT_STD
+) -> None:
     """Fill every parameter in place, the same for the same seed.
 
-    Matrices, tables, position, [CLS] and mask vectors: normal with std 0.02 truncated to
-    [-0.02, 0.02]. Biases 0, LayerNorm 1 and 0, LayerScale and relative bias as built. Then the
-    attention projection and every expert's second layer of block l (from 1) are divided by
-    sqrt(2 l). Each parameter has its own stream, keyed by its name: adding one changes no other.
+    Matrices, tables, position, [CLS] and mask vectors: normal with `std` truncated to one standard
+    deviation (BEiT: 0.02); the image's position table takes `position_std`. Biases 0, LayerNorm 1
+    and 0, LayerScale and relative bias as built. Then the attention projection and every expert's
+    second layer of block l (from 1) are divided by sqrt(2 l). Each parameter has its own stream,
+    keyed by its name: adding one changes no other.
     """
     norms = {
         id(p)
@@ -33,7 +36,8 @@ def initialise(module: nn.Module, seed: int) -> None:
             if leaf.endswith("bias"):
                 parameter.zero_()
             else:
-                truncated_normal(parameter, key_of(seed, "init", name))
+                spread = position_std if name.endswith("image.positions") else std
+                truncated_normal(parameter, spread, key_of(seed, "init", name))
         depth = 0
         for part in module.modules():
             if isinstance(part, Block):
@@ -43,8 +47,8 @@ def initialise(module: nn.Module, seed: int) -> None:
                     expert.fc2.weight.div_(math.sqrt(2 * depth))  # type: ignore[union-attr, operator]
 
 
-def truncated_normal(tensor: Tensor, key: int) -> None:
+def truncated_normal(tensor: Tensor, std: float, key: int) -> None:
     generator = torch.Generator().manual_seed(key % (1 << 63))
     fresh = torch.empty(tensor.shape)
-    nn.init.trunc_normal_(fresh, std=STD, a=-STD, b=STD, generator=generator)
+    nn.init.trunc_normal_(fresh, std=std, a=-std, b=std, generator=generator)
     tensor.copy_(fresh)

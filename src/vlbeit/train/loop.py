@@ -162,7 +162,7 @@ def train(run: Run) -> None:
                 left = (time.perf_counter() - started) / done * (config.max_steps - data.step)
                 run.folder.log(console_line(row, left))
 
-        # ---- save, evaluate, stop
+        # ---- evaluate, save, stop (in this order: a checkpoint's rows are all written before it)
         run.budget.check()
         if progress.nonfinite_in_row >= config.optim.nonfinite_limit:
             raise NonFiniteError(
@@ -170,6 +170,9 @@ def train(run: Run) -> None:
                 "steps in a row (optim.nonfinite_limit). The newest checkpoint is from before; "
                 "lower optim.lr, raise optim.warmup_steps or look at the samples named in log.txt"
             )
+        if config.log.eval_every and data.step % config.log.eval_every == 0:
+            run.evaluate(data.step)
+            run.model.train()
         stopping = bool(flag_over_ranks(world, run.stop.requested))
         if data.step % config.save_every == 0 or data.step == config.max_steps or stopping:
             if progress.nonfinite_in_row == 0 or stopping:
@@ -180,9 +183,6 @@ def train(run: Run) -> None:
                 f"stopped by {run.stop.name or 'a signal to another rank'} after step {data.step}; "
                 f"saved as step {saved}. Run the same command again to go on."
             )
-        if config.log.eval_every and data.step % config.log.eval_every == 0:
-            run.evaluate(data.step)
-            run.model.train()
 
 
 def closing(steps: Iterator[StepData]) -> Iterator[StepData]:

@@ -108,6 +108,9 @@ def _pretrain(
     streams = build_streams(config, sources, text, log=log)
     loader = build_loader(config, streams, rank=world.rank, world=world.size)
 
+    if checkpoint is not None:
+        check_same_data(checkpoint, sources)
+
     # ---- model and optimizer
     model = VLBeit(config.model, seed=config.seed).to(world.device)
     model.backbone.checkpoint_activations = config.runtime.checkpoint_activations
@@ -133,7 +136,8 @@ def _pretrain(
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         if checkpoint is None:
             check_space(run_dir, 3 * parameters)  # weights and two moments
-        folder.truncate_after(progress.step)
+        # A run killed before its first checkpoint starts over, its step-0 rows included.
+        folder.truncate_after(progress.step if checkpoint is not None else -1)
         folder.write_json("config.json", to_dict(config))
         folder.write_json(
             "env.json", environment(world_size=world.size, threads=threads, device=world.device)
@@ -281,6 +285,17 @@ def check_same_run(config: PretrainConfig, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"{checkpoint.folder} belongs to a run with other settings: {'; '.join(differ)}. "
             "Give the same settings, or another --run-dir"
+        )
+
+
+def check_same_data(checkpoint: Checkpoint, sources: dict[Stream, list[RecordSource]]) -> None:
+    """Raise InputError when a source has other records than when the checkpoint was written."""
+    then: dict[str, dict[str, int]] = checkpoint.state["sources"]
+    now = source_facts(sources)
+    if then != now:
+        raise InputError(
+            f"{checkpoint.folder} was trained on {then} (records by stream and source), --data now "
+            f"has {now}: give the same data, or another --run-dir"
         )
 
 

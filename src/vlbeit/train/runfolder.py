@@ -229,7 +229,7 @@ class RunFolder:
         self._log = self._lock = -1
 
     def truncate_after(self, step: int) -> None:
-        """Cuts the rows after `step` (0: all) from the four files, and says so."""
+        """Cuts the rows after `step` (-1: all) from the four files, and says so."""
         for rows in (self.metrics, self.ledger, self.skips, self.evals):
             cut, torn = rows.truncate_after(step)
             if cut or torn:

@@ -20,7 +20,7 @@ from vlbeit.data.records import BadSample, RecordSource
 from vlbeit.data.transforms import BadImage, augment, decode_image, plain
 from vlbeit.draws import Draws
 from vlbeit.errors import DataBudgetError, InputError, NonFiniteError, StopRequested
-from vlbeit.nn.weights import STD, initialise
+from vlbeit.nn.weights import BEIT_STD, initialise
 from vlbeit.tokens.quantizer import CodeUse, code_use
 from vlbeit.tokens.teachers import PIXELS, Teacher, build_teacher
 from vlbeit.tokens.visual import VisualTokenizer
@@ -325,7 +325,7 @@ def _initialise(model: VQKD, seed: int) -> None:
     thousands of steps before its vectors differ.
     """
     initialise(model, seed)
-    drawn = STD * TRUNCATED
+    drawn = BEIT_STD * TRUNCATED
     with torch.no_grad():
         for part in model.modules():
             if isinstance(part, nn.Linear):
