@@ -24,7 +24,7 @@ STEPS = 60
 """Steps of the undisturbed run of one process."""
 
 TOY = """
-    --device cpu --seed 0 --runtime.threads 1 --runtime.step-timeout 60
+    --device cpu --precision fp32 --seed 0 --runtime.threads 1 --runtime.step-timeout 60
     --model.width 64 --model.layers 2 --model.ffn 128 --model.drop-path 0.1
     --batch.images 4 --batch.texts 4 --batch.pairs 4 --batch.micro 4 --input.shuffle-window 256
     --optim.warmup-steps 10 --optim.total-steps 100
