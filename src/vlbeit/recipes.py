@@ -19,7 +19,7 @@ from vlbeit.config import (
 
 
 def tiny() -> PretrainConfig:
-    """A model for the drawn world (`vlbeit prepare scenes`): 1.6 M parameters, two CPU cores.
+    """A model for the drawn world (`vlbeit prepare scenes`): 1.7 M parameters, two CPU cores.
 
     vlbeit pretrain tiny --data DIR --run-dir RUN
     """
@@ -54,7 +54,7 @@ def tiny() -> PretrainConfig:
         batch=BatchConfig(images=16, texts=8, pairs=64, micro=64),
         masking=MaskingConfig(min_block=2),
         # A word of the small text batch would weigh seven times a word of the pairs, and most of
-        # what it asks cannot be known: at weight 1 the model learns to look ten times later.
+        # what it asks cannot be known. At weight 1 looking is learned much later (notebook).
         objective=ObjectiveConfig(mlm=0.1, mim=0.1, mvlm_image=0.1),
         optim=OptimConfig(lr=8e-4, betas=(0.9, 0.98), warmup_steps=60, total_steps=2_400),
         log=LogConfig(print_every=50, eval_every=250),
