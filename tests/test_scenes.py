@@ -453,3 +453,11 @@ def test_four_hundred_scenes_a_second_are_drawn() -> None:
         scene.image.save(buffer, "PNG")
         _ = scene.captions
     assert 200 / (time.process_time() - start) > 400
+
+
+def test_a_relative_folder_is_prepared_like_an_absolute_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    prepare_scenes(Path("here/scenes"), count=4, seed=0)
+    assert len(open_sources([Path("here/scenes")], "pair", "train")[0]) == 4

@@ -1,8 +1,6 @@
 """`python -m vlbeit` and `torchrun -m vlbeit`: the same as the `vlbeit` command."""
 
-import sys
-
-from vlbeit.cli import main
+from vlbeit.cli import command
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

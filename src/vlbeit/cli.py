@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from vlbeit import __version__
 from vlbeit.errors import ConfigError, LostWorkerError, VLBeitError
@@ -76,17 +76,22 @@ VERBS: dict[str, Verb] = {
 }
 
 
+def command() -> NoReturn:
+    """The process behind `vlbeit` and `python -m vlbeit`: `main`, then leave."""
+    code = main()
+    if code == LostWorkerError.exit_code:
+        # The library behind the lost rank may hold the interpreter's exit up for many seconds.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; a user's error is one message on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(words)
-    except LostWorkerError as error:
-        # The library behind the lost rank may hold the interpreter's exit up for many seconds.
-        _complain(str(error))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(error.exit_code)
     except VLBeitError as error:
         _complain(str(error))
         return error.exit_code

@@ -253,7 +253,8 @@ def prepare_scenes(out: Path, count: int, seed: int, size: int = SIDE) -> None:
     if count < 1:
         raise ConfigError(f"count: {count} is below 1; 20000 is what the demo uses")
     _check_size(size)
-    out = Path(out)
+    # Absolute, as Dataset.write reads relative shards as lying in the folder.
+    out = Path(out).absolute()
     if (out / "dataset.json").exists():
         raise ConfigError(f"{out}: a prepared folder already; remove it or choose another folder")
     held_out = min(1000, max(200, count // 10))
