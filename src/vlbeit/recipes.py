@@ -153,6 +153,8 @@ def base() -> PretrainConfig:
 def large() -> PretrainConfig:
     """BEiT-large's trunk with VLMo-large's three layers of VL-experts; data and batch as `base`.
 
+    torchrun --nproc-per-node 8 -m vlbeit pretrain large --data IMAGENET22K TEXT COCO VG CC3M SBU
+
     The paper has no large model: width, depth and LayerScale 1e-5 are BEiT's, vl_layers VLMo's,
     drop path and rate as `base`. Not run by us.
     """

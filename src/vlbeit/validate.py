@@ -88,6 +88,13 @@ def validate(config: PretrainConfig) -> None:
         "masking.to_mask and masking.to_random must be >= 0 and add up to at most 1, found "
         f"{masking.to_mask} and {masking.to_random}",
     )
+    require(
+        masking.min_block >= 1, f"masking.min_block must be at least 1, found {masking.min_block}"
+    )
+    require(
+        masking.max_aspect >= 1,
+        f"masking.max_aspect must be at least 1, found {masking.max_aspect}",
+    )
     for name in ("images", "texts", "pairs"):
         size = getattr(batch, name)
         require(size >= 0, f"batch.{name} must be at least 0, found {size}")
@@ -110,6 +117,22 @@ def validate(config: PretrainConfig) -> None:
         )
     require(optim.lr > 0, f"optim.lr must be above 0, found {optim.lr}")
     require(
+        0 <= optim.min_lr <= optim.lr,
+        f"optim.min_lr must be 0..{optim.lr} (optim.lr), found {optim.min_lr}",
+    )
+    require(
+        all(0 <= beta < 1 for beta in optim.betas),
+        f"optim.betas must be in [0, 1), found {optim.betas[0]} and {optim.betas[1]}",
+    )
+    require(optim.eps > 0, f"optim.eps must be above 0, found {optim.eps}")
+    for name in ("weight_decay", "clip"):
+        value = getattr(optim, name)
+        require(value >= 0, f"optim.{name} must be at least 0, found {value}")
+    require(
+        optim.nonfinite_limit >= 1,
+        f"optim.nonfinite_limit must be at least 1, found {optim.nonfinite_limit}",
+    )
+    require(
         0 <= optim.warmup_steps <= optim.total_steps,
         f"optim.warmup_steps must be 0..{optim.total_steps} (optim.total_steps), "
         f"found {optim.warmup_steps}",
@@ -124,6 +147,19 @@ def validate(config: PretrainConfig) -> None:
     for name in ("every", "print_every"):
         steps = getattr(config.log, name)
         require(steps >= 1, f"log.{name} must be at least 1, found {steps}")
+    for name in ("eval_every", "eval_samples", "keep"):
+        count = getattr(config.log, name)
+        require(count >= 0, f"log.{name} must be at least 0, found {count}")
+    window, workers = config.input.shuffle_window, config.input.workers
+    require(window >= 1, f"input.shuffle_window must be at least 1, found {window}")
+    require(workers >= 0, f"input.workers must be at least 0, found {workers}")
+    threads = config.runtime.threads
+    require(threads >= 0, f"runtime.threads must be at least 0, found {threads}")
+    for name, seconds in (
+        ("input.loader_timeout", config.input.loader_timeout),
+        ("runtime.step_timeout", config.runtime.step_timeout),
+    ):
+        require(seconds > 0, f"{name} must be above 0, found {seconds}")
     require(
         0 <= config.input.skip_budget < 1,
         f"input.skip_budget must be in [0, 1), found {config.input.skip_budget}",

@@ -27,6 +27,10 @@ from vlbeit.types import STREAMS, Batch, Stream
 Cursors = dict[str, dict[str, int]]
 """Visits had, by stream and source: all the state of the data order. Plain JSON."""
 
+BUCKET = 64
+"""Pairs of like caption length that stay together in the order. A number of its own and not
+`batch.micro`, which a resume may change: the order of a run must not move with it."""
+
 JUDGED_FROM = 200
 """Visits of a source before its share of bad samples is judged."""
 
@@ -128,8 +132,7 @@ class StepLoader:
                     f"feeds it; prepare one, or set batch.{name}s to 0"
                 )
             stream = self._streams[name]
-            # Like lengths matter within a micro-batch, so this is what is bucketed.
-            orders = stream.orders(window, min(micro, count))
+            orders = stream.orders(window, min(BUCKET, count))
             shares = source_weights(stream.records, weights or {})
             self._orders[name] = StreamOrder(orders, shares)
         self._micro, self._rank, self._world = micro, rank, world

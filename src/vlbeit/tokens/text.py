@@ -307,6 +307,11 @@ def train_text_tokenizer(lines: Iterable[str], config: TextTokenizerConfig) -> T
     return TextTokenizer(_build_wordpiece(pieces, config.lowercase))
 
 
+def special_tokens_only() -> TextTokenizer:
+    """The tokenizer of a run without text: every word is [UNK]."""
+    return TextTokenizer(_build_wordpiece([], lowercase=False))
+
+
 def _refuse_nothing(words: dict[str, int]) -> None:
     if not words:
         raise InputError("text tokenizer: no text to train on; look at the text and pair sources")

@@ -174,8 +174,10 @@ def train(run: Run) -> None:
             run.evaluate(data.step)
             run.model.train()
         stopping = bool(flag_over_ranks(world, run.stop.requested))
-        if data.step % config.save_every == 0 or data.step == config.max_steps or stopping:
-            if progress.nonfinite_in_row == 0 or stopping:
+        ending = stopping or data.step == config.max_steps
+        if data.step % config.save_every == 0 or ending:
+            # A skipped step leaves the weights of the last good one; those are saved at the end.
+            if progress.nonfinite_in_row == 0 or ending:
                 run.save()
                 saved = data.step
         if stopping:

@@ -51,7 +51,8 @@ MAY_CHANGE = (
     "input.skip_budget",
 )
 """Settings that a resumed run may have otherwise: none of them changes what is learned from what,
-except by rounding. Data and tokenizers are compared by content."""
+except by rounding. The sources of the data must keep their names and numbers of records; the
+tokenizers are the checkpoint's."""
 
 
 def pretrain(config: PretrainConfig) -> Path:
@@ -103,7 +104,7 @@ def _pretrain(
         else:
             wait_for(paths.complete, "rank 0 to train the tokenizers")
     text = TextTokenizer.load(paths.text)
-    visual = load_visual_tokenizer(paths.visual).to(world.device) if needs_codes(config) else None
+    visual = load_visual_tokenizer(paths.visual).to(world.device) if paths.visual else None
     check_tokenizers(config, text, visual)
     streams = build_streams(config, sources, text, log=log)
     loader = build_loader(config, streams, rank=world.rank, world=world.size)
@@ -224,12 +225,6 @@ def _pretrain(
     )
     world.close()
     return run_dir
-
-
-def needs_codes(config: PretrainConfig) -> bool:
-    """Whether any objective predicts visual codes."""
-    images = config.batch.images > 0 and config.objective.mim > 0
-    return images or (config.batch.pairs > 0 and config.objective.mvlm_image > 0)
 
 
 def open_streams(config: PretrainConfig, split: str) -> dict[Stream, list[RecordSource]]:

@@ -11,7 +11,7 @@ from vlbeit.config import PretrainConfig
 from vlbeit.data.records import BadSample, RecordSource
 from vlbeit.data.transforms import BadText, clean_text
 from vlbeit.errors import InputError
-from vlbeit.tokens.text import train_text_tokenizer
+from vlbeit.tokens.text import special_tokens_only, train_text_tokenizer
 from vlbeit.train.visual_tokenizer import train_visual_tokenizer
 from vlbeit.types import Stream
 
@@ -21,13 +21,14 @@ class TokenizerPaths:
     """`text` is a folder with tokenizer.json or that file, `visual` a folder with config.json."""
 
     text: Path
-    visual: Path
+    visual: Path | None
+    """None: no objective of the run predicts codes."""
 
     def has_text(self) -> bool:
         return self.text.is_file() or (self.text / "tokenizer.json").is_file()
 
     def has_visual(self) -> bool:
-        return (self.visual / "config.json").is_file()
+        return self.visual is None or (self.visual / "config.json").is_file()
 
     def complete(self) -> bool:
         return self.has_text() and self.has_visual()
@@ -36,25 +37,35 @@ class TokenizerPaths:
         return not self.complete()
 
 
+def needs_codes(config: PretrainConfig) -> bool:
+    """Whether any objective predicts visual codes."""
+    images = config.batch.images > 0 and config.objective.mim > 0
+    return images or (config.batch.pairs > 0 and config.objective.mvlm_image > 0)
+
+
 def find_tokenizers(config: PretrainConfig, checkpoint: Path | None) -> TokenizerPaths:
     """The tokenizers of a run.
 
     In this order: those of the checkpoint that is resumed; those named in the config; those in
     a data folder (`tokenizer.json`, `visual/`); those in the run folder, which
-    `train_missing_tokenizers` makes when they are not there.
+    `train_missing_tokenizers` makes when they are not there. A run that predicts no codes has
+    no visual one.
 
     Raises:
         InputError: a named one is not there.
     """
+    coded = needs_codes(config)
     if checkpoint is not None:
-        return TokenizerPaths(checkpoint / "tokenizer.json", checkpoint / "visual")
+        visual_there = checkpoint / "visual" if coded else None
+        return TokenizerPaths(checkpoint / "tokenizer.json", visual_there)
     made = Path(config.run_dir) / "tokenizers"
     places = [Path(folder) for folder in config.data]
     text = next((p for p in places if (p / "tokenizer.json").is_file()), made / "text")
     visual = next((p / "visual" for p in places if (p / "visual/config.json").is_file()), None)
+    visual = Path(config.tokenizers.visual) if config.tokenizers.visual else visual
     paths = TokenizerPaths(
         Path(config.tokenizers.text) if config.tokenizers.text else text,
-        Path(config.tokenizers.visual) if config.tokenizers.visual else visual or made / "visual",
+        (visual or made / "visual") if coded else None,
     )
     if config.tokenizers.text and not paths.has_text():
         raise InputError(f"tokenizers.text: {paths.text} is no tokenizer.json and holds none")
@@ -74,13 +85,19 @@ def train_missing_tokenizers(
 
     The same data and seed give the same tokenizers, so a run killed in here starts over.
     """
-    if not paths.has_text():
+    if not paths.has_text() and config.batch.texts + config.batch.pairs == 0:
+        special_tokens_only().save(paths.text)
+        log(
+            "no text in this run: its text tokenizer holds the special tokens only; give "
+            "--tokenizers.text to keep a vocabulary for what comes after"
+        )
+    elif not paths.has_text():
         settings = config.tokenizers.train_text
         log(f"no text tokenizer found: training {settings.kind} with {settings.vocab} pieces")
         tokenizer = train_text_tokenizer(all_texts(sources), settings)
         tokenizer.save(paths.text)
         log(f"text tokenizer: {tokenizer.size} pieces in {paths.text}")
-    if not paths.has_visual():
+    if paths.visual is not None and not paths.has_visual():
         visual = config.tokenizers.train_visual
         log(
             f"no visual tokenizer found: training {visual.codes} codes for {visual.total_steps} "
