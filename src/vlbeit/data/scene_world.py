@@ -36,6 +36,8 @@ CELL: Final = 8
 """Figures are centred on a grid of this many units, so that a patch of 8 units shows few looks of a
 figure. A tiny model names shapes after a tenth of the steps that free positions cost it."""
 SUPERSAMPLE: Final = 4
+LIGHT: Final = 0.08
+"""How far the light of a scene may strengthen or weaken a colour channel."""
 TWO_GROUPS: Final = 0.3
 """Share of scenes with two groups."""
 
@@ -88,6 +90,9 @@ class World:
 
     groups: tuple[Group, ...]
     ground: Ground
+    light: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """What red, green and blue are multiplied with: no two scenes are lit alike, so no held-out
+    picture was ever seen."""
 
 
 def draw_world(draws: Draws, wanted: Iterable[tuple[str, str]] = ()) -> World:
@@ -103,7 +108,9 @@ def draw_world(draws: Draws, wanted: Iterable[tuple[str, str]] = ()) -> World:
     groups = [
         _draw_group(draws, place, {} if i else dict(wanted)) for i, place in enumerate(places)
     ]
-    return World(tuple(groups), Ground(draws.choice(TONES), draws.choice(PATTERNS)))
+    ground = Ground(draws.choice(TONES), draws.choice(PATTERNS))
+    red, green, blue = (1 + LIGHT * (2 * draws.uniforms(3) - 1)).tolist()
+    return World(tuple(groups), ground, (red, green, blue))
 
 
 def _draw_group(draws: Draws, place: str, wanted: Mapping[str, str]) -> Group:
@@ -124,14 +131,14 @@ def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[float
 
     A group at the left or right stands in a column, at the top or bottom in a row. Centres are
     centres of the `CELL` x `CELL` cells, so that a patch of that size shows few looks of a figure;
-    only three large figures in a line stand closer to the border than cells do.
+    only three figures in the middle and three large ones in a line stand off the grid.
     """
     if place == "middle":
         sign = draws.choice((-1, 1))
         relative = {
             1: ((0, 0),),
             2: ((-8, 0), (8, 0)),
-            3: ((0, -8 * sign), (-8, 8 * sign), (8, 8 * sign)),
+            3: ((0, -8 * sign), (-8, 4 * sign), (8, 4 * sign)),
         }[count]
         if draws.uniform() < 0.5:
             relative = tuple((y, x) for x, y in relative)
@@ -139,11 +146,11 @@ def _spots(draws: Draws, place: str, size: str, count: int) -> tuple[tuple[float
 
     across = draws.choice((4, 12)) if size == "small" else 12
     along: tuple[float, ...]
+    # Away from the border a group must be centred: off it, the corner would be as near as the side.
     if count == 1:
-        # Away from the border only the middle of a side belongs to that side alone.
         along = (draws.choice((12, 20, 28)) if across == 4 else 20,)
     elif count == 2:
-        along = draws.choice(((12, 28), (4, 20), (20, 36))) if size == "small" else (12, 28)
+        along = draws.choice(((12, 28), (4, 20), (20, 36))) if across == 4 else (12, 28)
     else:
         along = (4, 20, 36) if size == "small" else (6.5, 20, 33.5)
     if place in ("right", "bottom"):
@@ -158,7 +165,8 @@ def paint(world: World, size: int = SIDE) -> Image.Image:
     for group in world.groups:
         for figure, stencil, corner in _figures(group, size):
             canvas.paste(figure, corner, stencil)
-    return canvas.reduce(SUPERSAMPLE)
+    lit = np.asarray(canvas.reduce(SUPERSAMPLE)) * np.array(world.light)
+    return Image.fromarray(np.rint(lit).clip(0, 255).astype(np.uint8))
 
 
 def paint_segmentation(world: World, size: int = SIDE) -> Image.Image:
