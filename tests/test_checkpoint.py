@@ -127,6 +127,7 @@ def test_one_flipped_bit_anywhere_is_found_and_the_previous_checkpoint_is_used(t
     assert found is not None and found.step == 20
 
 
+@pytest.mark.slow
 def test_every_single_bit_of_the_manifest_counts(tmp_path):
     folder = save(tmp_path, 1, size=4)
     manifest = folder / "manifest.json"

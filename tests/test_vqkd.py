@@ -200,6 +200,7 @@ def test_without_a_teacher_pixels_train_the_codes() -> None:
     assert model.image.proj.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_it_learns_the_drawn_world_and_repeats_itself(source: RecordSource, tmp_path: Path) -> None:
     rows: list[dict[str, object]] = []
     first = train_visual_tokenizer(
