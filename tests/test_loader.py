@@ -200,7 +200,7 @@ def test_a_new_walk_through_the_steps_ends_the_one_before(streams: list[SampleSt
 def test_pairs_are_cut_by_length_so_that_little_is_padded(
     tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
-    source = pair_source(tmp_path, records=300)
+    source = pair_source(tmp_path, records=320)
     config = replace(CONFIG, batch=replace(CONFIG.batch, images=0, texts=0, pairs=32, micro=8))
     loader = build_loader(config, build_streams(config, {"pair": [source]}, tokenizer))
     data = list(loader.steps(loader.start_cursors(), 1, 9))
