@@ -200,10 +200,10 @@ def test_a_new_walk_through_the_steps_ends_the_one_before(streams: list[SampleSt
 def test_pairs_are_cut_by_length_so_that_little_is_padded(
     tokenizer: TextTokenizer, tmp_path: Path
 ) -> None:
-    source = pair_source(tmp_path, records=320)
-    config = replace(CONFIG, batch=replace(CONFIG.batch, images=0, texts=0, pairs=32, micro=8))
+    source = pair_source(tmp_path, records=384)
+    config = replace(CONFIG, batch=replace(CONFIG.batch, images=0, texts=0, pairs=128, micro=8))
     loader = build_loader(config, build_streams(config, {"pair": [source]}, tokenizer))
-    data = list(loader.steps(loader.start_cursors(), 1, 10))  # one epoch
+    data = list(loader.steps(loader.start_cursors(), 1, 3))  # one epoch
     valid = [batch.word_valid for batch in flat(data) if batch.word_valid is not None]
     padded = 1 - sum(int(v.sum()) for v in valid) / sum(v.numel() for v in valid)
     assert padded < 0.05
