@@ -36,7 +36,7 @@ CELL: Final = 8
 """Figures are centred on a grid of this many units, so that a patch of 8 units shows few looks of a
 figure. A tiny model names shapes after a tenth of the steps that free positions cost it."""
 SUPERSAMPLE: Final = 4
-LIGHT: Final = 0.08
+LIGHT: Final = 0.04
 """How far the light of a scene may strengthen or weaken a colour channel."""
 TWO_GROUPS: Final = 0.3
 """Share of scenes with two groups."""
