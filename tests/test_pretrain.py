@@ -20,13 +20,12 @@ import torch
 from toy_records import image_source, pair_source, text_source, toy_tokenizer
 from toy_run import TOY, changed, copied, losses, rows, toy_run, write_dataset, write_toy_data
 from vlbeit.checkpoint import list_checkpoints, load_newest, open_checkpoint
-from vlbeit.data.loader import build_streams
+from vlbeit.data.loader import build_streams, open_streams
 from vlbeit.data.order import Visit
 from vlbeit.errors import ConfigError, DataBudgetError, InputError, NonFiniteError
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, score_batch
 from vlbeit.train import loop
-from vlbeit.train.pretrain import open_streams
 from vlbeit.types import Batch, Score
 
 IMAGES_ONLY = {"batch.texts": 0, "batch.pairs": 0}

@@ -53,7 +53,7 @@ def tiny() -> PretrainConfig:
         ),
         batch=BatchConfig(images=16, texts=8, pairs=64, micro=64),
         masking=MaskingConfig(min_block=2),
-        # A word of the small text batch would weigh seven times a word of the pairs, and most of
+        # A word of the small text batch would weigh six times a word of the pairs, and most of
         # what it asks cannot be known. At weight 1 looking is learned much later (notebook).
         objective=ObjectiveConfig(mlm=0.1, mim=0.1, mvlm_image=0.1),
         optim=OptimConfig(lr=8e-4, betas=(0.9, 0.98), warmup_steps=60, total_steps=2_700),

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 
 from vlbeit.config import PretrainConfig
 from vlbeit.data.collate import Stacked, as_batch, stack
+from vlbeit.data.dataset import open_sources
 from vlbeit.data.order import StreamOrder, Visit, source_weights
 from vlbeit.data.records import BadSample, RecordSource, cache_folder
 from vlbeit.data.streams import ImageStream, PairStream, PictureSettings, SampleStream, TextStream
@@ -365,6 +366,27 @@ def _most_frequent(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in top)
 
 
+def stream_counts(config: PretrainConfig) -> dict[Stream, int]:
+    """Samples of each stream in a step, over all ranks."""
+    batch = config.batch
+    return {"image": batch.images, "text": batch.texts, "pair": batch.pairs}
+
+
+def open_streams(config: PretrainConfig, split: str) -> dict[Stream, list[RecordSource]]:
+    """The sources of every stream that the batch asks for.
+
+    Raises:
+        InputError: a data folder is not prepared, or a shard is missing.
+    """
+    return {
+        stream: open_sources(
+            config.data, stream, split, images_from_pairs=config.input.images_from_pairs
+        )
+        for stream, count in stream_counts(config).items()
+        if count > 0
+    }
+
+
 def build_streams(
     config: PretrainConfig,
     sources: Mapping[Stream, Sequence[RecordSource]],
@@ -444,7 +466,7 @@ def build_loader(
     batch, given = config.batch, config.input
     return StepLoader(
         streams,
-        {"image": batch.images, "text": batch.texts, "pair": batch.pairs},
+        stream_counts(config),
         micro=batch.micro,
         window=given.shuffle_window,
         weights=given.weights,

@@ -34,7 +34,7 @@ SIDE: Final = 40
 """Units along a side of the picture, whatever its size in pixels."""
 CELL: Final = 8
 """Figures are centred on a grid of this many units, so that a patch of 8 units shows few looks of a
-figure. A tiny model names shapes after a tenth of the steps that free positions cost it."""
+figure. It is what lets a tiny model name shapes soon (docs/notebook.md)."""
 SUPERSAMPLE: Final = 4
 LIGHT: Final = 0.04
 """How far the light of a scene may strengthen or weaken a colour channel."""

@@ -7,8 +7,7 @@ import torch
 
 from vlbeit.config import CropConfig, PretrainConfig
 from vlbeit.data.collate import collate
-from vlbeit.data.dataset import open_sources
-from vlbeit.data.loader import build_streams
+from vlbeit.data.loader import build_streams, open_streams
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample
 from vlbeit.data.streams import Sample, SampleStream
@@ -17,7 +16,7 @@ from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import count_targets, score_batch
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.tokens.visual import VisualTokenizer
-from vlbeit.types import STREAMS, Batch, Score, Stream
+from vlbeit.types import Batch, Score, Stream
 
 EVAL_SEED = 20_220_603
 """Keys the masks of every evaluation, so that all runs and steps meet the same ones."""
@@ -44,15 +43,7 @@ def held_out_streams(
 ) -> dict[Stream, SampleStream]:
     """The held-out sources by stream; a stream whose data has no such split is left out."""
     plain = evaluation_config(config)
-    sources = {
-        stream: open_sources(
-            config.data, stream, split, images_from_pairs=config.input.images_from_pairs
-        )
-        for stream, count in zip(
-            STREAMS, (config.batch.images, config.batch.texts, config.batch.pairs), strict=True
-        )
-        if count > 0
-    }
+    sources = open_streams(config, split)
     batch = replace(
         plain.batch,
         images=plain.batch.images if sources.get("image") else 0,

@@ -26,6 +26,7 @@ from rich.console import Console
 from vlbeit import __version__
 from vlbeit.config import PretrainConfig, digest
 from vlbeit.data.dataset import Dataset
+from vlbeit.data.loader import open_streams
 from vlbeit.data.manifest import write_atomic
 from vlbeit.data.scene_world import SIDE
 from vlbeit.data.scenes import WORLD_VERSION, prepare_scenes
@@ -35,7 +36,7 @@ from vlbeit.eval.evaluate import evaluate_run, load_run
 from vlbeit.eval.report import duration, read_rows, write_report
 from vlbeit.recipes import tiny
 from vlbeit.train.distributed import init_world, set_threads
-from vlbeit.train.pretrain import open_streams, pretrain
+from vlbeit.train.pretrain import pretrain
 from vlbeit.train.runfolder import RunFolder
 from vlbeit.train.tokenizers import find_tokenizers, train_missing_tokenizers
 from vlbeit.validate import validate

@@ -16,8 +16,7 @@ from vlbeit.checkpoint import (
     save_checkpoint,
 )
 from vlbeit.config import PretrainConfig, to_dict
-from vlbeit.data.dataset import open_sources
-from vlbeit.data.loader import SkipBudget, build_loader, build_streams
+from vlbeit.data.loader import SkipBudget, build_loader, build_streams, open_streams
 from vlbeit.data.probe import check_sources
 from vlbeit.data.records import RecordSource
 from vlbeit.data.streams import TextStream
@@ -33,7 +32,7 @@ from vlbeit.train.optim import build_optimizer, load_optimizer_tensors, optimize
 from vlbeit.train.runfolder import RunFolder, environment
 from vlbeit.train.signals import StopSignal
 from vlbeit.train.tokenizers import find_tokenizers, train_missing_tokenizers
-from vlbeit.types import STREAMS, Stream
+from vlbeit.types import Stream
 from vlbeit.validate import validate
 
 MAY_CHANGE = (
@@ -225,18 +224,6 @@ def _pretrain(
     )
     world.close()
     return run_dir
-
-
-def open_streams(config: PretrainConfig, split: str) -> dict[Stream, list[RecordSource]]:
-    """The sources of every stream that the batch asks for."""
-    counts = {"image": config.batch.images, "text": config.batch.texts, "pair": config.batch.pairs}
-    return {
-        stream: open_sources(
-            config.data, stream, split, images_from_pairs=config.input.images_from_pairs
-        )
-        for stream in STREAMS
-        if counts[stream] > 0
-    }
 
 
 def source_facts(sources: dict[Stream, list[RecordSource]]) -> dict[str, dict[str, int]]:
