@@ -91,7 +91,7 @@ def small() -> PretrainConfig:
     return PretrainConfig(
         recipe="small",
         run_dir="runs/small",
-        max_steps=6_000,
+        max_steps=3_000,
         save_every=500,
         precision="bf16",
         model=ModelConfig(
@@ -105,19 +105,23 @@ def small() -> PretrainConfig:
             vocab=8192,
             codes=1024,
             text_positions=128,
-            drop_path=0.05,
+            layer_scale=0.0,
+            drop_path=0.0,
+            init_std=0.035,
+            position_std=0.3,
         ),
         input=InputConfig(
             images=CropConfig(scale=(0.3, 1.0), jitter=0.2),
-            pairs=CropConfig(scale=(0.6, 1.0), flip=0.5, jitter=0.2),
+            pairs=CropConfig(scale=(0.6, 1.0), flip=0.5, jitter=0.1),
             images_from_pairs=True,
             text_length=128,
             pair_text_length=40,
         ),
         batch=BatchConfig(images=32, texts=16, pairs=64, micro=64),
         masking=MaskingConfig(min_block=6),
-        optim=OptimConfig(lr=1e-3, warmup_steps=400, total_steps=6_000),
-        log=LogConfig(print_every=50, eval_every=500),
+        objective=ObjectiveConfig(mlm=0.3, mim=0.3, mvlm_image=0.3),
+        optim=OptimConfig(lr=1e-3, betas=(0.9, 0.98), warmup_steps=200, total_steps=3_000),
+        log=LogConfig(print_every=50, eval_every=250),
         tokenizers=TokenizersConfig(
             train_text=TextTokenizerConfig(kind="wordpiece", vocab=8192, lowercase=True),
             train_visual=VisualTokenizerConfig(
