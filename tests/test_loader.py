@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from toy_records import CONFIG, image_source, pair_source, text_source, toy_sources, toy_tokenizer
 from vlbeit.config import InputConfig, PretrainConfig
+from vlbeit.data import loader as loader_module
 from vlbeit.data.loader import (
     Cursors,
     SkipBudget,
@@ -210,6 +212,27 @@ def test_pairs_are_cut_by_length_so_that_little_is_padded(
     visited = [name for step in data for name in step.ledger["pair"]["captioned"]]
     in_batches = [name for batch in flat(data) for name in batch.sample_ids]
     assert sorted(visited) == sorted(in_batches) and visited != in_batches
+
+
+@pytest.mark.parametrize(("groups", "mixed"), [(16, True), (1, False)])
+def test_a_step_mixes_captions_of_all_lengths(
+    tokenizer: TextTokenizer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: int,
+    mixed: bool,
+) -> None:
+    monkeypatch.setattr(loader_module, "BUCKETS_A_STEP", groups)
+    source = pair_source(tmp_path, records=384)
+    config = replace(CONFIG, batch=replace(CONFIG.batch, images=0, texts=0, pairs=32, micro=32))
+    loader = build_loader(config, build_streams(config, {"pair": [source]}, tokenizer))
+    steps = [
+        np.concatenate([b.word_valid.sum(1) for b in flat([data]) if b.word_valid is not None])
+        for data in loader.steps(loader.start_cursors(), 1, 12)
+    ]
+    spread_of_means = np.std([lengths.mean() for lengths in steps])
+    # Sixteen groups drawn by lot have means that spread a quarter as far as the lengths do.
+    assert (spread_of_means < 0.4 * np.std(np.concatenate(steps))) == mixed
 
 
 def test_an_epoch_of_steps_uses_every_record_once(streams: list[SampleStream]) -> None:

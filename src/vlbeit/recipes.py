@@ -26,7 +26,7 @@ def tiny() -> PretrainConfig:
     return PretrainConfig(
         recipe="tiny",
         run_dir="runs/tiny",
-        max_steps=2_700,
+        max_steps=2_200,
         save_every=500,
         model=ModelConfig(
             width=128,
@@ -56,7 +56,7 @@ def tiny() -> PretrainConfig:
         # A word of the small text batch would weigh six times a word of the pairs, and most of
         # what it asks cannot be known. At weight 1 looking is learned much later (notebook).
         objective=ObjectiveConfig(mlm=0.1, mim=0.1, mvlm_image=0.1),
-        optim=OptimConfig(lr=8e-4, betas=(0.9, 0.98), warmup_steps=60, total_steps=2_700),
+        optim=OptimConfig(lr=8e-4, betas=(0.9, 0.98), warmup_steps=60, total_steps=2_200),
         log=LogConfig(print_every=50, eval_every=250),
         tokenizers=TokenizersConfig(
             train_text=TextTokenizerConfig(kind="wordpiece", vocab=512, lowercase=True),

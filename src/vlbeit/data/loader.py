@@ -29,8 +29,12 @@ Cursors = dict[str, dict[str, int]]
 """Visits had, by stream and source: all the state of the data order. Plain JSON."""
 
 BUCKET = 64
-"""Pairs of like caption length that stay together in the order. A number of its own and not
+"""Most pairs of like caption length that stay together in the order. A number of its own and not
 `batch.micro`, which a resume may change: the order of a run must not move with it."""
+BUCKETS_A_STEP = 16
+"""Least number of such groups in a step. Captions of one length are captions of one kind: when
+64 pairs of `tiny` were one group, its steps pulled to and fro and it learned at a third of the
+speed (docs/notebook.md)."""
 
 JUDGED_FROM = 200
 """Visits of a source before its share of bad samples is judged."""
@@ -133,7 +137,7 @@ class StepLoader:
                     f"feeds it; prepare one, or set batch.{name}s to 0"
                 )
             stream = self._streams[name]
-            orders = stream.orders(window, min(BUCKET, count))
+            orders = stream.orders(window, min(BUCKET, max(1, count // BUCKETS_A_STEP)))
             shares = source_weights(stream.records, weights or {})
             self._orders[name] = StreamOrder(orders, shares)
         self._micro, self._rank, self._world = micro, rank, world

@@ -42,7 +42,7 @@ from vlbeit.train.tokenizers import find_tokenizers, train_missing_tokenizers
 from vlbeit.validate import validate
 
 COUNT = 8_000
-"""Scenes of each stream; the recipe's 2,700 steps see every pair 22 times."""
+"""Scenes of each stream; the recipe's 2,200 steps see every pair 18 times."""
 EVALUATIONS = 12
 """Held-out evaluations along the way, for the curves."""
 PHASES = {
