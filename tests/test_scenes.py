@@ -272,7 +272,7 @@ def test_a_relation_question_is_answered_by_the_places(scenes: list[Scene]) -> N
                     place = {"above": "top", "below": "bottom"}.get(word, word.split()[0])
                     assert (q.answer == "yes") == (a.place == place), q
                     checked += 1
-    assert checked > 400
+    assert checked > len(scenes) // 10
 
 
 def test_the_words_of_a_question_leave_its_answer_open() -> None:
@@ -427,7 +427,9 @@ def test_the_same_command_writes_the_same_bytes(folder: Path, tmp_path: Path) ->
     assert digests(folder) == digests(tmp_path / "again")
     prepare_scenes(tmp_path / "other", count=30, seed=1)
     other = digests(tmp_path / "other")
-    assert all(other[name] != value for name, value in digests(folder).items() if "train" in name)
+    # So few scenes may have none with two groups, and then no shard of them.
+    trained = {name: value for name, value in digests(folder).items() if "train" in name}
+    assert all(other.get(name) != value for name, value in trained.items())
 
 
 def test_a_prepared_folder_is_not_overwritten(folder: Path) -> None:

@@ -38,7 +38,7 @@ figure. It is what lets a tiny model name shapes soon (docs/notebook.md)."""
 SUPERSAMPLE: Final = 4
 LIGHT: Final = 0.04
 """How far the light of a scene may strengthen or weaken a colour channel."""
-TWO_GROUPS: Final = 0.3
+TWO_GROUPS: Final = 0.2
 """Share of scenes with two groups."""
 
 _RGB: Final = {
