@@ -1,0 +1,1 @@
+"""The downstream tasks, one file each: head, loss, predictions, metric."""
