@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from vlbeit.errors import NonFiniteError
-from vlbeit.eval.recall import (
+from vlbeit.tasks.recall import (
     combine,
     dual_ranks,
     nearest,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlbeit.eval.segmentation_metrics import confusion_matrix, segmentation_figures
+from vlbeit.tasks.segmentation_metrics import confusion_matrix, segmentation_figures
 
 CLASSES = 6
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlbeit.eval.sliding import (
+from vlbeit.nn.embed import to_patches
+from vlbeit.tasks.sliding import (
     Inference,
     class_probabilities,
     class_scores,
@@ -14,7 +15,6 @@ from vlbeit.eval.sliding import (
     whole_scores,
     window_starts,
 )
-from vlbeit.nn.embed import to_patches
 
 CLASSES, PATCH = 3, 4
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vlbeit.draws import Draws
-from vlbeit.eval.vqa_accuracy import AnsweredQuestion, Mean, vqa_accuracy, vqa_table
+from vlbeit.tasks.vqa_accuracy import AnsweredQuestion, Mean, vqa_accuracy, vqa_table
 
 # -- the second implementation ---------------------------------------------------------------
 

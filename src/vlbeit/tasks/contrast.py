@@ -1,9 +1,10 @@
 """Image-text contrast and hard negatives: the arithmetic of retrieval, without a model.
 
-With B pairs on each of R ranks, N = R * B. Every image is asked which of the N texts is its own and
-every text which of the N images is (symmetric cross-entropy, one learnable temperature without a
-clamp: VLMo section 3.3 and its code). Vectors are gathered over the ranks WITH their gradient, so
-that the sum of all ranks' losses has the gradient that one process with all pairs would have.
+B is the number of pairs of a rank and N that of all ranks. Every image is asked which of the N
+texts is its own and every text which of the N images is (symmetric cross-entropy, one learnable
+temperature without a clamp: VLMo section 3.3 and its code). Vectors are gathered over the ranks
+WITH their gradient, so that the sum of all ranks' losses has the gradient that one process with
+all pairs would have.
 
 Several captions of one image in a batch are no negatives of each other. Pairs carry the id of their
 image; VLMo's code ignores it, here there are two ways:
@@ -15,7 +16,7 @@ Without repeated images both are the plain cross-entropy.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,66 +32,85 @@ START_LOG_SCALE = math.log(1 / 0.07)
 Repeated = Literal["positives", "masked"]
 
 
-def ranks() -> tuple[int, int]:
-    """This rank and the number of ranks; (0, 1) where there is no process group."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+class Shares(NamedTuple):
+    """Who has how many pairs of the micro-batch that all ranks look at together."""
+
+    rank: int
+    sizes: tuple[int, ...]
+    """Pairs of each rank. They may differ: a bad sample is missing where it was read."""
+
+    @property
+    def places(self) -> range:
+        """Where this rank's pairs stand among all, rank after rank."""
+        start = sum(self.sizes[: self.rank])
+        return range(start, start + self.sizes[self.rank])
 
 
-def gather_values(x: Tensor) -> Tensor:
-    """(R * B, ...) from (B, ...) of every rank, rank after rank, without gradient.
+def share_sizes(pairs: int, device: torch.device) -> Shares:
+    """Agree on the sizes; every rank calls it. One process alone needs no group."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return Shares(0, (pairs,))
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = pairs
+    dist.all_reduce(sizes)
+    return Shares(dist.get_rank(), tuple(sizes.tolist()))
 
-    Every rank must bring the same shape.
+
+def gather_values(x: Tensor, shares: Shares) -> Tensor:
+    """(N, ...) from (B, ...) of every rank, rank after rank, without gradient.
+
+    All but the first dimension must be the same on every rank.
     """
-    size = ranks()[1]
-    if size == 1:
+    if len(shares.sizes) == 1:
         return x
-    sent = x.detach().contiguous()
-    bits = sent.view(torch.uint8) if sent.dtype == torch.bool else sent
-    pieces = [torch.empty_like(bits) for _ in range(size)]
-    dist.all_gather(pieces, bits)
-    return torch.cat(pieces).view(sent.dtype)
+    sent = x.detach()
+    sent = sent.view(torch.uint8) if sent.dtype == torch.bool else sent
+    # Collectives want equal shapes: short shares are filled up, and cut again.
+    filled = sent.new_zeros(max(shares.sizes), *sent.shape[1:])
+    filled[: len(sent)] = sent
+    pieces = [torch.empty_like(filled) for _ in shares.sizes]
+    dist.all_gather(pieces, filled)
+    cut = [piece[:size] for piece, size in zip(pieces, shares.sizes, strict=True)]
+    return torch.cat(cut).view(x.dtype)
 
 
 class _Gather(torch.autograd.Function):
     """all_gather; backward adds what all ranks want of this rank's part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.rows = len(x)
-        return gather_values(x)
+    def forward(ctx: Any, x: Tensor, shares: Shares) -> Tensor:
+        ctx.places = shares.places
+        return gather_values(x, shares)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         wanted = gradient.contiguous().clone()
         dist.all_reduce(wanted)
-        start = ranks()[0] * ctx.rows
-        return wanted[start : start + ctx.rows]
+        return wanted[ctx.places.start : ctx.places.stop], None
 
 
-def gather_with_gradient(x: Tensor) -> Tensor:
+def gather_with_gradient(x: Tensor, shares: Shares) -> Tensor:
     """`gather_values`, and a gradient to every rank from every rank's loss.
 
     It is the gradient of the SUM of the ranks' losses, as `Score` sums are added. VLMo's gather
     keeps the gradient of the local part only, which is another, smaller one.
     """
-    if ranks()[1] == 1:
+    if len(shares.sizes) == 1:
         return x
-    out: Tensor = _Gather.apply(x)  # type: ignore[no-untyped-call]
+    out: Tensor = _Gather.apply(x, shares)  # type: ignore[no-untyped-call]
     return out
 
 
-def gather_words(words: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def gather_words(words: Tensor, valid: Tensor, shares: Shares) -> tuple[Tensor, Tensor]:
     """Texts of all ranks, filled up to the longest width. Shapes: (B, W) -> (N, longest W)."""
-    if ranks()[1] == 1:
+    if len(shares.sizes) == 1:
         return words, valid
     width = torch.tensor(words.shape[1], device=words.device)
     dist.all_reduce(width, op=dist.ReduceOp.MAX)
     lacking = int(width) - words.shape[1]
     return (
-        gather_values(F.pad(words, (0, lacking))),
-        gather_values(F.pad(valid, (0, lacking), value=False)),
+        gather_values(F.pad(words, (0, lacking)), shares),
+        gather_values(F.pad(valid, (0, lacking), value=False), shares),
     )
 
 
@@ -115,21 +135,21 @@ def contrast(
     log_scale: Tensor,
     image_ids: Tensor,
     repeated: Repeated = "positives",
+    shares: Shares | None = None,
 ) -> Contrast:
-    """Compare this rank's pairs with those of all ranks, in float32.
+    """Compare this rank's pairs with those of all ranks, in float32. Every rank must call it.
 
-    Shapes: image, text (B, D), both of length 1; log_scale a scalar; image_ids (B,) int64. Every
-    rank brings the same B.
+    Shapes: image, text (B, D), both of length 1; log_scale a scalar; image_ids (B,) int64.
     """
-    rank, own = ranks()[0], len(image)
+    shares = shares or share_sizes(len(image), image.device)
     with torch.autocast(image.device.type, enabled=False):
         both = torch.cat((image.float(), text.float()), dim=1)  # one gather, so one order
-        all_images, all_texts = gather_with_gradient(both).chunk(2, dim=1)
+        all_images, all_texts = gather_with_gradient(both, shares).chunk(2, dim=1)
         scale = log_scale.float().exp()
         text_logits = scale * image.float() @ all_texts.T  # (B, N)
         image_logits = scale * text.float() @ all_images.T
-    same = image_ids[:, None] == gather_values(image_ids)[None, :]
-    places = torch.arange(rank * own, (rank + 1) * own, device=image.device)
+    same = image_ids[:, None] == gather_values(image_ids, shares)[None, :]
+    places = torch.tensor(shares.places, dtype=torch.int64, device=image.device)
     score = ask(text_logits, same, places, repeated) + ask(image_logits, same, places, repeated)
     return Contrast(
         score=score,
