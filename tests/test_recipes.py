@@ -7,7 +7,7 @@ import pytest
 from vlbeit.config import PretrainConfig, from_dict, to_dict
 from vlbeit.nn.model import VLBeit
 from vlbeit.recipes import PRETRAIN, base, large, small, tiny
-from vlbeit.train.pretrain import flat
+from vlbeit.train.opening import flat
 
 every_recipe = pytest.mark.parametrize("name", PRETRAIN)
 

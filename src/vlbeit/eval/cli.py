@@ -1,4 +1,8 @@
-"""`vlbeit eval RUN`: held-out scores and the sighted / blind gap, as a table or JSON."""
+"""`vlbeit eval RUN`: held-out scores of a run, as a table or JSON.
+
+A pretrained run: objectives and the sighted / blind gap. A fine-tuned one: the figures of its task
+beside the guess that does not look at the picture.
+"""
 
 import argparse
 import json
@@ -8,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from vlbeit.checkpoint import find_checkpoint
+from vlbeit.eval.downstream import evaluate_task, load_task_run
 from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
 
 
@@ -26,18 +32,39 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", help="also write the JSON to this file")
     args = parser.parse_args(argv)
     quiet: Any = (lambda text: None) if args.json else print
-    run = load_run(args.run, args.device, quiet)
-    found = evaluate_run(
-        run, args.data, split=args.split, samples=args.samples, batch_size=args.batch
-    )
+    checkpoint = find_checkpoint(args.run, quiet)
+    given = {"split": args.split, "samples": args.samples, "batch_size": args.batch}
+    found: dict[str, Any]
+    if "task" in checkpoint.config:
+        found = evaluate_task(load_task_run(checkpoint, args.device), args.data, **given)
+    else:
+        found = evaluate_run(load_run(checkpoint.folder, args.device, quiet), args.data, **given)
     text = json.dumps(found, indent=1)
     if args.out:
         Path(args.out).write_text(text + "\n")
     if args.json:
         print(text)
+    elif "task" in found:
+        show_task(found, Console())
     else:
         show(found, Console())
     return 0
+
+
+def show_task(found: dict[str, Any], console: Console) -> None:
+    """The figures of a fine-tuned run; intervals are 95 % bootstrap over records."""
+    console.print(
+        f"{found['checkpoint']} (step {found['step']}): {found['task']} on {found['split']}, "
+        f"{found['samples']} samples"
+    )
+    if found["skipped"]:
+        console.print(f"{len(found['skipped'])} bad samples left out, first: {found['skipped'][0]}")
+    table = table_of("figure", "value", "without looking", "gain", "samples")
+    for name, row in found["figures"].items():
+        guess = percent(row["baseline"]) if "baseline" in row else ""
+        gain = percent(row["gain"], True) if "gain" in row else ""
+        table.add_row(name, percent(row), guess, gain, str(row["samples"]))
+    console.print(table)
 
 
 def percent(estimate: dict[str, float], signed: bool = False) -> str:
