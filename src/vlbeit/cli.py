@@ -46,7 +46,7 @@ VERBS: dict[str, Verb] = {
         "vlbeit.cli:pretrain",
     ),
     "finetune": Verb(
-        "train a pretrained model for a task: classification vqa",
+        "train a pretrained model for a task: classification retrieval vqa",
         "vlbeit.cli:finetune",
     ),
     "eval": Verb(

@@ -356,6 +356,24 @@ class VqaConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """Image-text retrieval: contrast, matching with hard negatives, reranking (paper.md 5.3)."""
+
+    repeated: Literal["positives", "masked"] = "positives"
+    """Captions of one image that meet in a batch: all are right (ALBEF), or only the pair's own
+    is and the others are left out."""
+    matching: float = 1.0
+    """Weight of the matching loss beside the contrast; 0: a dual encoder alone (VLMo's public
+    fine-tuning)."""
+    rerank: int = 32
+    """How many of the dual encoder's nearest the fused pass looks at again in `vlbeit eval`; 0:
+    none. VLMo: 32; ALBEF: 128 on Flickr30K, 256 on COCO."""
+    rule: Literal["sum", "matching"] = "sum"
+    """The score after the second look: similarity plus matching logit (VLMo), or the matching
+    logit alone (ALBEF)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """One fine-tuning run. A task's own class (FINETUNE_CONFIGS) adds its one group of settings."""
 
@@ -395,9 +413,16 @@ class VqaRun(FinetuneConfig):
     vqa: VqaConfig = field(default_factory=VqaConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRun(FinetuneConfig):
+    task: Literal["retrieval"] = "retrieval"
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+
 FINETUNE_CONFIGS: dict[str, type[FinetuneConfig]] = {
     "classification": ClassificationRun,
     "vqa": VqaRun,
+    "retrieval": RetrievalRun,
 }
 """The config of each task's runs, by the name of the task."""
 

@@ -93,12 +93,14 @@ def predict_rows(
     device: torch.device,
     bad: list[BadSample],
     batches: list[TaskBatch] | None = None,
+    again: bool = True,
 ) -> list[Row]:
     """The rows of all good samples, sorted by sample id.
 
     Args:
         bad: gets those that could not be made.
         batches: those of the visits, if they are at hand.
+        again: whether a task that looks twice (`second_look`) does so.
     """
     by_id = {visit.sample_id: visit for visit in visits}
     rows: list[Row] = []
@@ -110,7 +112,7 @@ def predict_rows(
                 rows.append({"sample_id": sample_id, **about, **row})
         rows.sort(key=lambda row: str(row["sample_id"]))
         second_look: Callable[..., list[Row]] | None = getattr(task, "second_look", None)
-        if second_look is not None:
+        if again and second_look is not None:
 
             def batch_of(sample_ids: Sequence[str]) -> TaskBatch:
                 samples = [stream.sample(by_id[name]) for name in sample_ids]
@@ -157,6 +159,7 @@ class TaskHeldOut:
             device=device,
             bad=[],
             batches=self._batches,
+            again=False,  # it costs many forward passes a sample
         )
         return {
             "objectives": {
@@ -191,7 +194,8 @@ def evaluate_task(
 
     Returns:
         figures: by name value, low, high (95 %, whole records resampled), and where the task has
-        one the baseline's and the gain over it, with a paired interval.
+        one the baseline's and the gain over it, with a paired interval; costs: what a second
+        look took, where the task has one (retrieval's reranking, in seconds).
 
     Raises:
         InputError: nothing to evaluate on.
@@ -223,6 +227,7 @@ def evaluate_task(
         "data": list(config.data),
         "samples": len(rows),
         "skipped": [str(sample) for sample in bad],
+        "costs": dict(getattr(run.task, "costs", {})),
         "figures": estimates(run.task.figures(rows), [str(row["record"]) for row in rows]),
     }
 

@@ -37,6 +37,7 @@ from vlbeit.types import Modality, Score, TaskBatch
 TASKS: dict[str, str] = {
     "classification": "vlbeit.tasks.classification",
     "vqa": "vlbeit.tasks.vqa",
+    "retrieval": "vlbeit.tasks.retrieval",
 }
 """The module of each task; imported when the task is used."""
 
@@ -116,7 +117,9 @@ class Matching(Protocol):
         rows: list[dict[str, Any]],
         batch_of: Callable[[Sequence[str]], TaskBatch],
     ) -> list[dict[str, Any]]:
-        """New rows, before `figures` sees them. `batch_of` makes a micro-batch of sample ids."""
+        """New rows, before `figures` sees them. `batch_of` makes a micro-batch of sample ids.
+
+        Not asked while training. What it took is in `costs`, by name, if the task has that."""
 
 
 def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
