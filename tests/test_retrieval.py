@@ -31,7 +31,15 @@ from vlbeit.errors import ConfigError
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import reached
 from vlbeit.tasks.contrast import START_LOG_SCALE, contrast, draw_hard, keyed_uniforms
-from vlbeit.tasks.retrieval import Retrieval, RetrievalHead, build, chance, match_scores
+from vlbeit.tasks.retrieval import (
+    Retrieval,
+    RetrievalHead,
+    build,
+    build_index,
+    chance,
+    match_scores,
+)
+from vlbeit.tasks.retrieval_index import Index
 from vlbeit.types import TaskBatch
 
 SOURCE = Path(vlbeit.__file__).parents[1]
@@ -328,6 +336,24 @@ def test_reranking_equals_scoring_every_pair_and_sorting(k, rule):
 
 def dual_image_ranks(cosine: np.ndarray, own: np.ndarray) -> list[int]:
     return [int((cosine[:, t] > cosine[own[t], t]).sum()) for t in range(len(own))]
+
+
+def test_a_saved_index_finds_what_the_ranks_say(tmp_path):
+    made = task()
+    model, head = ready(made)
+    batch = make_batch()
+    with torch.no_grad():
+        rows = rows_of(made, model, head, batch)
+    for kind in ("image", "text"):
+        build_index(rows, kind, "m" * 64).save(tmp_path / kind)
+    images, texts = Index.load(tmp_path / "image"), Index.load(tmp_path / "text")
+    assert (len(images.ids), len(texts.ids)) == (5, 6)
+    queries = torch.from_numpy(np.stack([row["text"] for row in rows]))
+    found = images.search(queries, 5, "m" * 64)
+    hits = made.figures(rows)["image@1"].numerator
+    for row, answers, hit in zip(rows, found, hits, strict=True):
+        assert (answers[0].id == row["record"]) == bool(hit)
+    assert texts.search(queries[:1], 1, "m" * 64)[0][0].id == rows[0]["sample_id"]
 
 
 def test_without_reranking_rows_stay_as_they_are():

@@ -27,6 +27,8 @@ from vlbeit.nn.model import VLBeit
 from vlbeit.nn.weights import initialise
 from vlbeit.tasks import Figure
 from vlbeit.tasks import Path as Way
+from vlbeit.tasks.vqa_accuracy import PEOPLE
+from vlbeit.tasks.vqa_accuracy import vqa_accuracy as official_accuracy
 from vlbeit.types import Score, TaskBatch
 
 SOFT = (0.0, 0.3, 0.6, 0.9, 1.0)
@@ -180,10 +182,12 @@ def most_frequent(counts: Counter[str]) -> str:
 def vqa_accuracy(prediction: str, given: Sequence[str]) -> float:
     """How right an answer is beside those that were given.
 
-    One given answer: 1 when it is the same. Several: the official rule's mean over all ways to
-    leave one annotator out of min(1, matches / 3). The seam for the official evaluation, which
-    also normalises both sides: this function alone decides.
+    Ten given answers (VQA v2): the official evaluation, its normalisation included. One: 1 when it
+    is the same. Another number: the official mean over all ways to leave one annotator out of
+    min(1, matches / 3), without normalisation.
     """
+    if len(given) == PEOPLE:
+        return official_accuracy(prediction, given)
     if len(given) == 1:
         return float(prediction == given[0])
     matches = sum(answer == prediction for answer in given)
