@@ -194,22 +194,22 @@ def tiny_classification() -> FinetuneConfig:
 
     vlbeit finetune classification tiny --start RUN --data DIR --run-dir RUN
     """
-    steps = 600
+    steps = 500
     return ClassificationRun(
         recipe="tiny",
         run_dir="runs/tiny-classification",
         max_steps=steps,
-        save_every=200,
+        save_every=250,
         precision="bf16",
         model=tiny().model,
-        # A flip or a small crop leaves texture and shape as they are.
-        input=TaskInputConfig(crop=CropConfig(scale=(0.6, 1.0), flip=0.5, jitter=0.0)),
+        # A flip leaves texture and shape as they are. No crop: it would move the figures off the
+        # grid of patches they are drawn on, and with crops (0.6, 1) 600 steps reached 58 % where
+        # 100 steps without reached 88 %.
+        input=TaskInputConfig(crop=CropConfig(scale=(1.0, 1.0), flip=0.5, jitter=0.0)),
         batch=TaskBatchConfig(size=64, micro=64),
-        optim=FinetuneOptimConfig(
-            lr=1e-3, betas=(0.9, 0.98), layer_decay=0.8, warmup_steps=30, total_steps=steps
-        ),
-        log=LogConfig(print_every=50, eval_every=200),
-        classification=ClassificationConfig(label_smoothing=0.1),
+        optim=FinetuneOptimConfig(lr=2e-3, betas=(0.9, 0.98), warmup_steps=30, total_steps=steps),
+        log=LogConfig(print_every=50, eval_every=250),
+        classification=ClassificationConfig(label_smoothing=0.0),
     )
 
 

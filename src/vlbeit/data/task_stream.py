@@ -72,7 +72,7 @@ class Items:
 
     Shapes: all (samples,) int64. `record` is the record's index and must not fall, `number` says
     which of the record's samples it is, `length` is that of the text in characters (0: no text),
-    by which the order puts like to like.
+    by which a step is sorted before it is cut into micro-batches.
     """
 
     record: np.ndarray
@@ -244,27 +244,14 @@ class TaskStream:
         return np.array([self._items[v.source].length[v.index] for v in visits], dtype=np.int64)
 
     def orders(self, window: int, bucket: int) -> list[SourceOrder]:
+        """Not by length, other than captions: questions of like length ask for like things, and a
+        step of one kind of question teaches badly. `lengths` sorts within the step."""
         made = []
         for name, source in self._sources.items():
-            items = self._items[name]
-            shard = np.searchsorted(np.cumsum(source.sizes), items.record, side="right")
+            record = self._items[name].record
+            shard = np.searchsorted(np.cumsum(source.sizes), record, side="right")
             sizes = np.bincount(shard, minlength=len(source.sizes))
-            length = items.length
-
-            def lengths(epoch: int, found: np.ndarray, length: np.ndarray = length) -> np.ndarray:
-                found_lengths: np.ndarray = length[found]
-                return found_lengths
-
-            made.append(
-                SourceOrder(
-                    name,
-                    sizes[sizes > 0],
-                    self._seed,
-                    window,
-                    lengths=lengths if self._text_length else None,
-                    bucket=bucket,
-                )
-            )
+            made.append(SourceOrder(name, sizes[sizes > 0], self._seed, window))
         return made
 
     def check(self) -> None:
