@@ -231,8 +231,8 @@ def test_it_learns_to_tell_pairs_apart():
         optimizer.step()
         optimizer.zero_grad()
     after = figures()
-    assert before["image@1"] < 1 and before["reranked image@1"] < 1
-    assert {after[n] for n in ("image@1", "text@1", "reranked image@1", "reranked text@1")} == {1.0}
+    assert before["image@1"] < 1 and before["reranked_image@1"] < 1
+    assert {after[n] for n in ("image@1", "text@1", "reranked_image@1", "reranked_text@1")} == {1.0}
 
 
 # -- asking ----------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_reranking_equals_scoring_every_pair_and_sorting(k, rule):
     if k > 1:  # the negative control: the second look changes the order
         assert moved != [int(r) for r in dual_image_ranks(cosine, own)]
     both = made.figures(found)
-    assert [*both] == [f"reranked {name}" for name in dual] + [*dual]
+    assert [*both] == [f"reranked_{name}" for name in dual] + [*dual]
     assert all(np.array_equal(dual[name].numerator, both[name].numerator) for name in dual)
 
 

@@ -117,7 +117,11 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def table_of(first: str, *others: str) -> Table:
     """Only the first column may wrap: figures stay in one piece on a narrow terminal."""
-    return Table(Column(first), *(Column(name, no_wrap=True) for name in others), padding=(0, 0))
+    return Table(
+        Column(first, overflow="fold"),
+        *(Column(name, no_wrap=True) for name in others),
+        padding=(0, 0),
+    )
 
 
 def attribute_table(found: dict[str, Any]) -> Table:

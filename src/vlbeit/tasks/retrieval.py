@@ -303,7 +303,7 @@ class Retrieval:
 
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
         """text@K: a caption of this image is among the K nearest (TR); image@K: the image of this
-        caption is (IR); with "reranked " in front, after the second look, which then come first.
+        caption is (IR); with "reranked_" in front, after the second look, which then come first.
 
         The baseline is what an order drawn at random reaches on average.
         """
@@ -312,7 +312,7 @@ class Retrieval:
         found: dict[str, Figure] = {}
         if rows and "image_rank" in rows[0]:
             again = [np.array([row[name] for row in rows]) for name in ("text_rank", "image_rank")]
-            found |= world.shares("reranked ", again[0][world.first_rows], again[1])
+            found |= world.shares("reranked_", again[0][world.first_rows], again[1])
         return found | world.shares("", *dual)
 
 
