@@ -2,6 +2,7 @@
 run takes from its start, what it refuses, and that both tasks learn."""
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from vlbeit.data.order import Visit
 from vlbeit.data.task_stream import TaskStream, open_task
 from vlbeit.errors import ConfigError, DataBudgetError, InputError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
+from vlbeit.eval.neighbours import vote
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import TASKS, build_task, learn_facts, reached
 from vlbeit.tokens.text import TextTokenizer
@@ -308,6 +310,33 @@ def test_evaluations_while_training_are_rows_of_eval_jsonl(start, data, tmp_path
     assert found[-1]["objectives"]["classification"]["count"] == VAL
     checked = evaluate_task(load_task_run(find_checkpoint(run, print), "cpu"), [str(data)])
     assert found[-1]["figures"]["top1"] == pytest.approx(checked["figures"]["top1"]["value"])
+
+
+# ------------------------------------------------------------------ neighbours
+
+
+def test_neighbours_vote_as_a_loop_over_pictures_would():
+    generator = torch.Generator().manual_seed(0)
+    known = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=-1)
+    asked = torch.nn.functional.normalize(torch.randn(9, 6, generator=generator), dim=-1)
+    labels = torch.randint(0, 4, (40,), generator=generator).numpy()
+    found = vote(known, labels, asked, 7, 4)
+    for place, one in enumerate(asked):
+        near = sorted(range(40), key=lambda i: -float(one @ known[i]))[:7]
+        votes = [0.0] * 4
+        for i in near:
+            votes[labels[i]] += math.exp(float(one @ known[i]) / 0.07)
+        assert found[place] == votes.index(max(votes))
+
+
+def test_neighbours_need_no_training(start, data, capsys):
+    words = ["eval", str(start), "--data", str(data), "--neighbours", "5", "--json"]
+    assert main(words) == 0
+    row = json.loads(capsys.readouterr().out)["figures"]["knn"]
+    assert row["samples"] == VAL and row["value"] > row["baseline"]["value"]
+    assert main([*words, "--scratch"]) == 0
+    assert main([*words[:-3], "--neighbours", "0"]) == 78
+    assert main(["eval", str(start), "--scratch"]) == 78
 
 
 # ------------------------------------------------------------------ learning

@@ -13,8 +13,10 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vlbeit.checkpoint import find_checkpoint
+from vlbeit.errors import ConfigError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
 from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
+from vlbeit.eval.neighbours import evaluate_neighbours
 
 
 def main(argv: list[str]) -> int:
@@ -30,12 +32,35 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--out", help="also write the JSON to this file")
+    parser.add_argument(
+        "--neighbours",
+        type=int,
+        metavar="K",
+        help="classify by the K nearest training pictures instead; nothing is trained",
+    )
+    parser.add_argument(
+        "--scratch", action="store_true", help="with --neighbours: a trunk of fresh weights"
+    )
     args = parser.parse_args(argv)
+    if args.scratch and args.neighbours is None:
+        raise ConfigError("--scratch goes with --neighbours only")
+    if args.samples and args.neighbours is not None:
+        raise ConfigError("--samples does not go with --neighbours: leave it out")
     quiet: Any = (lambda text: None) if args.json else print
     checkpoint = find_checkpoint(args.run, quiet)
     given = {"split": args.split, "samples": args.samples, "batch_size": args.batch}
     found: dict[str, Any]
-    if "task" in checkpoint.config:
+    if args.neighbours is not None:
+        found = evaluate_neighbours(
+            checkpoint,
+            args.data,
+            k=args.neighbours,
+            split=args.split,
+            batch_size=args.batch,
+            device=args.device,
+            scratch=args.scratch,
+        )
+    elif "task" in checkpoint.config:
         found = evaluate_task(load_task_run(checkpoint, args.device), args.data, **given)
     else:
         found = evaluate_run(load_run(checkpoint.folder, args.device, quiet), args.data, **given)

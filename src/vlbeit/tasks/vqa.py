@@ -55,8 +55,7 @@ class AnswerHead(nn.Module):
 def normalise(answer: str) -> str:
     """An answer as it stands in the list and in the targets: cleaned, lower case.
 
-    The official evaluation also takes punctuation and articles out; `vlbeit prepare vqav2` stores
-    answers that way.
+    The official evaluation also takes punctuation and articles out; that is not done here.
     """
     return clean_text(answer).lower()
 
@@ -266,6 +265,7 @@ class Vqa:
             "question_id": question.get("question_id"),
             "kind": kind_of(question),
             "given": given_answers(question),
+            "answers": question.get("answers"),  # as stored: the official rule wants them so
         }
 
     # ---- model
