@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from vlbeit.cli import PREPARE_NAMES, VERBS
-from vlbeit.config import PretrainConfig, digest, from_dict, to_dict
+from vlbeit.config import FINETUNE_CONFIGS, PretrainConfig, digest, from_dict, to_dict
 from vlbeit.overrides import parse_config
-from vlbeit.recipes import PRETRAIN
+from vlbeit.recipes import FINETUNE, PRETRAIN
 
 # -- the source ------------------------------------------------------------------------------
 
@@ -233,6 +233,9 @@ def test_every_command_in_the_readme_and_the_guides_exists(root):
         if words[0] == "pretrain" and "--config" not in words and words[1:] != ["--help"]:
             config = [word for word in words[1:] if word not in ("--help", "--print-config")]
             parse_config(PretrainConfig, PRETRAIN, config, command="vlbeit pretrain")
+        if words[0] == "finetune":
+            task, *config = words[1:]
+            parse_config(FINETUNE_CONFIGS[task], FINETUNE[task], config, command="vlbeit finetune")
 
 
 def test_every_verb_is_in_the_readme(root):

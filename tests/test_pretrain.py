@@ -639,7 +639,7 @@ class Poison:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, steps: set[int], how: str) -> None:
         self.steps, self.how, self.now = steps, how, 0
-        monkeypatch.setattr(loop, "score_batch", self.score)
+        monkeypatch.setattr("vlbeit.train.pretrain.score_batch", self.score)
         rate = loop.lr_at
 
         def told(step: int, config: Any) -> float:

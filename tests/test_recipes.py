@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
-from vlbeit.config import PretrainConfig, from_dict, to_dict
+from vlbeit.config import PretrainConfig, finetune_config, from_dict, to_dict
 from vlbeit.nn.model import VLBeit
-from vlbeit.recipes import PRETRAIN, base, large, small, tiny
-from vlbeit.train.pretrain import flat
+from vlbeit.recipes import FINETUNE, PRETRAIN, base, large, small, tiny
+from vlbeit.train.opening import flat
+from vlbeit.validate import validate_finetune
 
 every_recipe = pytest.mark.parametrize("name", PRETRAIN)
 
@@ -149,3 +150,70 @@ def test_the_recipes_of_a_cpu_are_ordered_by_size():
 def test_tiny_has_the_parameters_that_its_docstring_claims():
     count = sum(p.numel() for p in VLBeit(tiny().model).parameters())
     assert f"{count / 1e6:.1f} M parameters" in (tiny.__doc__ or "")
+
+
+# ------------------------------------------------------------------ fine-tuning
+
+TASK_RECIPES = [(task, name) for task in FINETUNE for name in FINETUNE[task]]
+every_task_recipe = pytest.mark.parametrize(("task", "name"), TASK_RECIPES)
+
+
+@every_task_recipe
+def test_a_task_recipe_is_complete_and_survives_its_own_config_file(task, name):
+    config = FINETUNE[task][name]()
+    assert (config.task, config.recipe, config.run_dir) == (task, name, f"runs/{name}-{task}")
+    assert finetune_config(to_dict(config)) == config
+    validate_finetune(replace(config, start="somewhere", data=("somewhere",)))
+    assert config.optim.total_steps == config.max_steps
+    assert config.optim.warmup_steps <= config.max_steps / 5
+    assert f"vlbeit finetune {task} {name} --start" in (FINETUNE[task][name].__doc__ or "")
+
+
+@every_task_recipe
+def test_a_task_recipes_model_is_that_of_pretraining_but_for_what_a_task_may_set(task, name):
+    one, other = FINETUNE[task][name]().model, PRETRAIN[name]().model
+    free = {"image_size": other.image_size, "drop_path": other.drop_path}
+    assert replace(one, **free, text_positions=other.text_positions) == other
+
+
+KIN = {
+    "vqa": {
+        "model.image_size": [480, 480],
+        "optim.lr": 3e-5,
+        "optim.head_lr": 20.0,
+        "batch.size": 128,
+        "optim.schedule": "linear",
+        "optim.min_lr": 0.0,
+        "optim.betas": [0.9, 0.98],
+        "optim.eps": 1e-8,
+        "optim.weight_decay": 0.01,
+        "model.drop_path": 0.15,
+        "input.text_length": 40,
+        "input.rand_augment.operations": 2,
+        "input.rand_augment.magnitude": 7.0,
+        "input.crop.scale": [0.5, 1.0],
+        "vqa.min_count": 9,
+    },
+    "classification": {
+        "model.image_size": [224, 224],
+        "optim.lr": 4e-3,
+        "batch.size": 1024,
+        "optim.layer_decay": 0.65,
+        "optim.weight_decay": 0.05,
+        "optim.clip": 3.0,
+        "model.drop_path": 0.1,
+        "classification.mixup": 0.8,
+        "classification.cutmix": 1.0,
+        "classification.label_smoothing": 0.1,
+        "classification.erase": 0.25,
+        "input.rand_augment.magnitude": 9.0,
+        "input.rand_augment.spread": 0.5,
+    },
+}
+"""VLMo's fine-tuning on VQAv2 and BEiT's on ImageNet-1K without the 22K stage; the paper gives the
+picture's size only (section 3.2)."""
+
+
+@pytest.mark.parametrize(("task", "setting"), [(t, s) for t in KIN for s in KIN[t]])
+def test_a_base_task_has_the_number_of_its_kin(task, setting):
+    assert flat(to_dict(FINETUNE[task]["base"]()))[setting] == KIN[task][setting]

@@ -18,11 +18,11 @@ from toy_records import (
     toy_tokenizer,
 )
 from vlbeit.config import MaskingConfig
-from vlbeit.data.collate import collate
+from vlbeit.data.collate import Sample, collate
 from vlbeit.data.loader import build_streams
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample, RecordSource
-from vlbeit.data.streams import PairStream, PictureSettings, Sample, SampleStream, TextStream
+from vlbeit.data.streams import PairStream, PictureSettings, SampleStream, TextStream
 from vlbeit.data.textpack import PackedText, pack_text
 from vlbeit.data.transforms import clean_text
 from vlbeit.errors import ConfigError, DataBudgetError, InputError

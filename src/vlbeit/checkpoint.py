@@ -45,6 +45,8 @@ OPTIMIZER = "optimizer.safetensors"
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
 VISUAL_TOKENIZER = "visual"
+TASK_FILE = "task.json"
+"""What a task learned from its training data beside weights: class names, the answer list."""
 
 SMALL_FILES = 64 << 10
 """Bytes allowed for headers, JSON files and the unused ends of disk blocks."""
@@ -154,6 +156,7 @@ def save_checkpoint(
     threads: int,
     keep: int = 0,
     log: Log = print,
+    files: Mapping[str, Mapping[str, Any]] = {},
 ) -> Path:
     """Writes `checkpoints/step-0000060`, verifies it, then removes all but the `keep` newest.
 
@@ -161,6 +164,7 @@ def save_checkpoint(
     `cursors` (source -> samples handed out). The tokenizers write themselves from memory: their
     own files may be gone by now (the checkpoint they were read from was purged) or may have rotted
     since. A folder of the same step is replaced. `keep` of 0 keeps all.
+    `files` are more JSON files, by name (a task's task.json).
 
     Raises:
         SaveError: no room, no permission, or the written files do not verify. The previous
@@ -179,21 +183,22 @@ def save_checkpoint(
             text_tokenizer.save(temporary)
             if visual_tokenizer is not None:
                 visual_tokenizer.save(temporary / VISUAL_TOKENIZER)
-            files = {name: _digest_of(temporary / name) for name in _names(temporary)}
+            written = {name: _digest_of(temporary / name) for name in _names(temporary)}
             free = free_bytes(root)
             if free < needed:
                 raise SaveError(_no_room(folder, needed, free))
-            files[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
+            written[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
             _fault("mid_write")
-            files[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
+            written[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
             for name, content in {
                 "config.json": config,
                 "state.json": {**state, "step": step},
                 "preprocessor.json": preprocessor,
+                **files,
             }.items():
-                files[name] = _write(temporary / name, _json_bytes(content))
+                written[name] = _write(temporary / name, _json_bytes(content))
             _fault("before_fsync")
-            for name in files:
+            for name in written:
                 _sync(temporary / name)
             manifest = {
                 "format": FORMAT,
@@ -208,7 +213,7 @@ def save_checkpoint(
                     "text": text_tokenizer.digest,
                     "visual": None if visual_tokenizer is None else visual_tokenizer.digest,
                 },
-                "files": files,
+                "files": written,
             }
             _write(temporary / MANIFEST, _manifest_bytes(manifest))
             for inside in (temporary / MANIFEST, temporary / VISUAL_TOKENIZER, temporary):
@@ -400,6 +405,21 @@ def load_newest(run_dir: Path, log: Log) -> Checkpoint | None:
             "choose a new run_dir to start over."
         )
     return None
+
+
+def find_checkpoint(place: str | Path, log: Log) -> Checkpoint:
+    """A checkpoint folder, or the newest good checkpoint of a run folder.
+
+    Raises:
+        InputError: there is none, or it is damaged (a run folder falls back to the one before).
+    """
+    place = Path(place)
+    if (place / MANIFEST).is_file():
+        return open_checkpoint(place)
+    checkpoint = load_newest(place, log)
+    if checkpoint is None:
+        raise InputError(f"{place}: no checkpoint here; expected a run folder or a checkpoint")
+    return checkpoint
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

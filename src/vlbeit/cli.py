@@ -45,6 +45,10 @@ VERBS: dict[str, Verb] = {
         "pretrain by a recipe; the same command again goes on where it stopped",
         "vlbeit.cli:pretrain",
     ),
+    "finetune": Verb(
+        "train a pretrained model for a task: classification retrieval vqa",
+        "vlbeit.cli:finetune",
+    ),
     "eval": Verb(
         "held-out loss and accuracy of a run, and what the picture adds to the text",
         "vlbeit.eval.cli:main",
@@ -128,6 +132,33 @@ def pretrain(words: list[str]) -> int:
     config = parse_config(PretrainConfig, PRETRAIN, words, command="vlbeit pretrain")
     run = importlib.import_module("vlbeit.train.pretrain")
     run.pretrain(config)
+    return 0
+
+
+def finetune(words: list[str]) -> int:
+    """`vlbeit finetune TASK [RECIPE] --start RUN --data DIR ... [--SETTING VALUE ...]`."""
+    from vlbeit.config import FINETUNE_CONFIGS
+    from vlbeit.overrides import parse_config, recipe_of_start
+    from vlbeit.recipes import FINETUNE
+
+    tasks = ", ".join(FINETUNE)
+    if not words or words[0] in ("-h", "--help"):
+        print(
+            "usage: vlbeit finetune TASK [RECIPE] --start RUN --data DIR ... --run-dir DIR "
+            f"[--SETTING VALUE ...]\ntasks: {tasks}\n"
+            "`vlbeit finetune TASK RECIPE --help` lists every setting with the recipe's value."
+        )
+        return 0 if words else ConfigError.exit_code
+    task, rest = words[0], words[1:]
+    if task not in FINETUNE:
+        near = difflib.get_close_matches(task, FINETUNE, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"vlbeit finetune: no task {task!r}{hint} (tasks: {tasks})")
+    command = f"vlbeit finetune {task}"
+    rest = list(recipe_of_start(rest, FINETUNE[task], command))
+    config = parse_config(FINETUNE_CONFIGS[task], FINETUNE[task], rest, command=command)
+    run = importlib.import_module("vlbeit.train.finetune")
+    run.finetune(config)
     return 0
 
 

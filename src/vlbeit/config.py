@@ -280,6 +280,167 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandAugmentConfig:
+    """RandAugment on the training pictures (data/randaugment.py)."""
+
+    operations: int = 0
+    """Operations a picture, each drawn from the same list; 0: off."""
+    magnitude: float = 9.0
+    """Their strength, 0 to 10."""
+    spread: float = 0.5
+    """Standard deviation of the strength from picture to picture (timm's "mstd")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskInputConfig:
+    """How a task's records become training samples; evaluation takes whole pictures, squashed."""
+
+    crop: CropConfig = field(
+        default_factory=lambda: CropConfig(scale=(1.0, 1.0), flip=0.0, jitter=0.0)
+    )
+    rand_augment: RandAugmentConfig = field(default_factory=RandAugmentConfig)
+    text_length: int = 0
+    """Longest text in tokens, [T_CLS] and [T_SEP] included; 0 where the task has no text."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Share of a source, by source name; a source not named counts its samples."""
+    shuffle_window: int = 4096
+    skip_budget: float = 0.01
+    workers: int = 0
+    loader_timeout: float = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskBatchConfig:
+    """Samples of one optimizer step, over all ranks."""
+
+    size: int = 128
+    micro: int = 64
+    """Most samples in one forward pass of one rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptimConfig(OptimConfig):
+    """OptimConfig, and what only fine-tuning has."""
+
+    head_lr: float = 1.0
+    """Learning rate of the fresh head as a multiple of `lr`."""
+    ema: float = 0.0
+    """Decay of the running mean of the weights that is saved as the model; 0: the weights of the
+    last step are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationConfig:
+    """Image classification (paper.md 5.4)."""
+
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    """Alpha of mixup's Beta distribution; 0: off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix's; with both on, each picture draws one of the two."""
+    erase: float = 0.0
+    """Probability that a rectangle of a training picture is filled with noise."""
+    probe: bool = False
+    """Linear probe: the trunk stays as it is, only the head learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaConfig:
+    """Visual question answering as classification over a list of answers (paper.md 5.1)."""
+
+    answers: str = ""
+    """File with the answers, a JSON list or one a line, in the order of the classes; empty: the
+    list that dataset.json names, and if it names none, by `min_count` from the training data."""
+    min_count: int = 9
+    """An answer that the list is built from is the main one of at least this many questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """Image-text retrieval: contrast, matching with hard negatives, reranking (paper.md 5.3)."""
+
+    repeated: Literal["positives", "masked"] = "positives"
+    """Captions of one image that meet in a batch: all are right (ALBEF), or only the pair's own
+    is and the others are left out."""
+    matching: float = 1.0
+    """Weight of the matching loss beside the contrast; 0: a dual encoder alone (VLMo's public
+    fine-tuning)."""
+    rerank: int = 32
+    """How many of the dual encoder's nearest the fused pass looks at again in `vlbeit eval`; 0:
+    none. VLMo: 32; ALBEF: 128 on Flickr30K, 256 on COCO."""
+    rule: Literal["sum", "matching"] = "sum"
+    """The score after the second look: similarity plus matching logit (VLMo), or the matching
+    logit alone (ALBEF)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """One fine-tuning run. A task's own class (FINETUNE_CONFIGS) adds its one group of settings."""
+
+    recipe: str
+    task: str
+    start: str = ""
+    """Run folder or checkpoint that the trunk and the text tokenizer come from."""
+    scratch: bool = False
+    """Same model and tokenizer as `start`, but fresh weights: what pretraining is compared with."""
+    run_dir: str = "runs/finetune"
+    """Run folder; the same command on a folder that holds checkpoints goes on from the newest."""
+    data: tuple[str, ...] = ()
+    """Prepared data folders (`vlbeit prepare`)."""
+    seed: int = 0
+    max_steps: int = 1_000
+    save_every: int = 500
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "bf16"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """That of `start`; a run sets image_size, drop_path and text_positions only."""
+    input: TaskInputConfig = field(default_factory=TaskInputConfig)
+    batch: TaskBatchConfig = field(default_factory=TaskBatchConfig)
+    optim: FinetuneOptimConfig = field(default_factory=FinetuneOptimConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRun(FinetuneConfig):
+    task: Literal["classification"] = "classification"
+    classification: ClassificationConfig = field(default_factory=ClassificationConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaRun(FinetuneConfig):
+    task: Literal["vqa"] = "vqa"
+    vqa: VqaConfig = field(default_factory=VqaConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalRun(FinetuneConfig):
+    task: Literal["retrieval"] = "retrieval"
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+
+FINETUNE_CONFIGS: dict[str, type[FinetuneConfig]] = {
+    "classification": ClassificationRun,
+    "vqa": VqaRun,
+    "retrieval": RetrievalRun,
+}
+"""The config of each task's runs, by the name of the task."""
+
+
+def finetune_config(tree: Mapping[str, Any]) -> FinetuneConfig:
+    """A fine-tuning config from what config.json holds.
+
+    Raises:
+        ConfigError: a task, key or value that this version does not know.
+    """
+    task = tree.get("task")
+    if task not in FINETUNE_CONFIGS:
+        known = ", ".join(FINETUNE_CONFIGS)
+        raise ConfigError(f"task: {task!r} is none of {known}")
+    return from_dict(FINETUNE_CONFIGS[task], tree)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TokenizerRunConfig:
     """One run of `vlbeit tokenizer train-visual`."""
 

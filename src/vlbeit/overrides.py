@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import json
 import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,12 +105,46 @@ def parse_config(
             raise ConfigError(f"--config {file}: {error}") from None
     print_only = "--print-config" in rest
     rest = [word for word in rest if word != "--print-config"]
-    _check_flags(_flags(config), rest)
+    flags = list(_flags(config))
+    rest = _bare_switches(flags, rest)
+    _check_flags(iter(flags), rest)
     config = _apply_flags(kind, config, rest, f"{command} {recipe}")
     if print_only:
         print(write_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def recipe_of_start(
+    words: Sequence[str], recipes: Mapping[str, Any], command: str
+) -> Sequence[str]:
+    """The words with a recipe before them: where none is given, that of `--start`'s config.json.
+
+    Raises:
+        ConfigError: `--start` was made by no recipe that the task has.
+    """
+    if not words or not words[0].startswith("--") or words[0] == "--help":
+        return words
+    start = next(
+        (w.split("=", 1)[1] for w in words if w.startswith("--start=")),
+        next((after for w, after in zip(words, words[1:], strict=False) if w == "--start"), ""),
+    )
+    if not start:
+        return words
+    try:
+        tree = json.loads((Path(start) / "config.json").read_text())
+        recipe = str(tree["recipe"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(
+            f"--start {start}: no config.json with a recipe there; expected a run folder or a "
+            "checkpoint"
+        ) from None
+    if recipe not in recipes:
+        raise ConfigError(
+            f"--start {start} was made by the recipe {recipe!r}; say which one to fine-tune by: "
+            f"{command} RECIPE, one of {', '.join(recipes)}"
+        )
+    return [recipe, *words]
 
 
 def _take_file(words: list[str]) -> tuple[str | None, list[str]]:
@@ -147,6 +182,29 @@ def _flags(config: Any, path: str = "") -> Iterator[str]:
             yield f"{path}no_{field.name}"
         if isinstance(value, dict):  # tyro: one flag a key that the YAML file gave
             yield from (f"{path}{field.name}.{key}" for key in value)
+
+
+def _bare_switches(flags: Sequence[str], words: Sequence[str]) -> list[str]:
+    """`--switch true` as `--switch`, `--switch false` as `--no-switch`."""
+    switches = {
+        name.replace("_", "-") for name in flags if re.sub(r"([^.]+)$", r"no_\1", name) in flags
+    }
+    made: list[str] = []
+    at = 0
+    while at < len(words):
+        name, _, value = words[at].partition("=")
+        path = name.removeprefix("--").replace("_", "-")
+        if name.startswith("--") and path in switches:
+            if not value and words[at + 1 : at + 2] and words[at + 1].lower() in ("true", "false"):
+                at += 1
+                value = words[at]
+            if value.lower() == "false":
+                name = "--" + re.sub(r"([^.]+)$", r"no-\1", path)
+            made.append(name if value.lower() in ("", "true", "false") else words[at])
+        else:
+            made.append(words[at])
+        at += 1
+    return made
 
 
 def _check_flags(known: Iterator[str], words: Sequence[str]) -> None:

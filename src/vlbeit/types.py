@@ -102,6 +102,60 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskBatch:
+    """One micro-batch of a downstream task.
+
+    Shapes:
+        pixels        (B, I, 3, height, width) uint8, RGB, I images a sample; None without images
+        words         (B, W) int64, [T_CLS] first and [T_SEP] last; None without a text
+        word_valid    (B, W) bool, False at padding
+        targets       by name, first dimension B; what else is in them is the task's business
+        depth_draws   (B, passes, 2 * layers) as in `Batch`, one row for each forward pass of the
+                      task; None: nothing is dropped
+        sample_ids    B strings "source:epoch:index"
+    """
+
+    stream: str
+    sample_ids: tuple[str, ...]
+    pixels: Tensor | None = None
+    words: Tensor | None = None
+    word_valid: Tensor | None = None
+    targets: dict[str, Tensor]
+    depth_draws: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def to(self, device: torch.device | str) -> TaskBatch:
+        """The same batch with every tensor on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        targets = {k: v.to(device, non_blocking=True) for k, v in self.targets.items()}
+        return replace(self, targets=targets, **moved)
+
+    def image(self, number: int = 0) -> Tensor:
+        """(B, 3, height, width): one image of every sample."""
+        if self.pixels is None:
+            raise ValueError(f"a {self.stream} batch without pixels")
+        return self.pixels[:, number]
+
+    def draws(self, forward: int = 0) -> Tensor | None:
+        """(B, 2 * layers): the draws of one forward pass."""
+        return None if self.depth_draws is None else self.depth_draws[:, forward]
+
+    def tokens(self, patch: int) -> int:
+        """Real tokens: padding is not counted, [I_CLS], [T_CLS] and [T_SEP] are."""
+        words = 0 if self.word_valid is None else int(self.word_valid.sum())
+        if self.pixels is None:
+            return words
+        images, _, height, width = self.pixels.shape[1:]
+        return words + len(self) * images * (height * width // patch**2 + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class States:
     """The only thing the backbone sees.
 

@@ -1,7 +1,17 @@
 """Checks of a whole config that no single field can make. Standard library only."""
 
-from vlbeit.config import CropConfig, ModelConfig, PretrainConfig, VisualTokenizerConfig
+from vlbeit.config import (
+    CropConfig,
+    FinetuneConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    VisualTokenizerConfig,
+)
 from vlbeit.errors import ConfigError
+
+WITHOUT_TEXT = ("classification", "segmentation")
+"""Tasks whose samples have no text."""
 
 
 def require(holds: bool, message: str) -> None:
@@ -115,6 +125,12 @@ def validate(config: PretrainConfig) -> None:
             size == 0 or used > 0,
             f"batch.{stream} is {size}, but the weight of its objective is 0: set batch.{stream} 0",
         )
+    validate_optim(optim)
+    validate_run(config)
+
+
+def validate_optim(optim: OptimConfig) -> None:
+    """AdamW's settings and the schedule."""
     require(optim.lr > 0, f"optim.lr must be above 0, found {optim.lr}")
     require(
         0 <= optim.min_lr <= optim.lr,
@@ -141,6 +157,10 @@ def validate(config: PretrainConfig) -> None:
         0 < optim.layer_decay <= 1,
         f"optim.layer_decay must be in (0, 1], found {optim.layer_decay}",
     )
+
+
+def validate_run(config: PretrainConfig | FinetuneConfig) -> None:
+    """What every training run has: steps, log, loading, threads, data."""
     for name in ("max_steps", "save_every"):
         steps = getattr(config, name)
         require(steps >= 1, f"{name} must be at least 1, found {steps}")
@@ -166,4 +186,48 @@ def validate(config: PretrainConfig) -> None:
     )
     require(
         len(config.data) > 0, "no data: give --data and one or more folders of `vlbeit prepare`"
+    )
+
+
+def validate_finetune(config: FinetuneConfig) -> None:
+    """Raise ConfigError for the first setting of a fine-tuning run that cannot work."""
+    validate_model(config.model)
+    check_crop("input.crop", config.input.crop)
+    augment = config.input.rand_augment
+    require(
+        augment.operations >= 0,
+        f"input.rand_augment.operations must be at least 0, found {augment.operations}",
+    )
+    require(
+        0 <= augment.magnitude <= 10,
+        f"input.rand_augment.magnitude must be in [0, 10], found {augment.magnitude}",
+    )
+    require(
+        augment.spread >= 0,
+        f"input.rand_augment.spread must be at least 0, found {augment.spread}",
+    )
+    length, longest = config.input.text_length, config.model.text_positions
+    if config.task in WITHOUT_TEXT:
+        require(
+            length == 0,
+            f"input.text_length is {length}, but {config.task} has no text: leave it at 0",
+        )
+    else:
+        require(
+            3 <= length <= longest,
+            f"input.text_length must be 3..{longest} (model.text_positions), found {length}",
+        )
+    for name in ("size", "micro"):
+        count = getattr(config.batch, name)
+        require(count >= 1, f"batch.{name} must be at least 1, found {count}")
+    require(
+        config.optim.head_lr > 0, f"optim.head_lr must be above 0, found {config.optim.head_lr}"
+    )
+    require(0 <= config.optim.ema < 1, f"optim.ema must be in [0, 1), found {config.optim.ema}")
+    validate_optim(config.optim)
+    validate_run(config)
+    require(
+        bool(config.start),
+        "no start: give --start and a run folder or checkpoint of `vlbeit pretrain` (with "
+        "--scratch only its model and tokenizer are used)",
     )

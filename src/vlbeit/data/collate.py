@@ -1,20 +1,34 @@
 """Samples to a micro-batch: stacked, captions padded to the longest of the micro-batch."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from dataclasses import dataclass
+from typing import TypedDict, cast
 
 import numpy as np
 import torch
 
-from vlbeit.data.streams import Sample
+from vlbeit.data.order import Visit
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.types import Batch, Stream
 
 
-class Stacked(TypedDict):
-    """A micro-batch in numpy: what a loader worker sends. Arrays as in `types.Batch`."""
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One masked sample; the arrays are those of `types.Batch` without the batch dimension."""
 
-    stream: Stream
+    visit: Visit
+    pixels: np.ndarray | None = None
+    patch_masked: np.ndarray | None = None
+    words: np.ndarray | None = None
+    words_given: np.ndarray | None = None
+    word_masked: np.ndarray | None = None
+    depth_draws: np.ndarray | None = None
+
+
+class Stacked(TypedDict):
+    """A micro-batch in numpy: what a loader worker sends. Arrays as in the batch's type."""
+
+    stream: str
     sample_ids: tuple[str, ...]
     arrays: dict[str, np.ndarray]
 
@@ -46,10 +60,20 @@ def stack(stream: Stream, samples: Sequence[Sample]) -> Stacked:
     }
 
 
+def pad_words(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts of (W,) ids to (B, longest) int64, filled with [PAD], and (B, longest) bool valid."""
+    widths = np.array([len(text) for text in texts])
+    words = np.full((len(texts), int(widths.max())), TextTokenizer.pad, dtype=np.int64)
+    for row, text in enumerate(texts):
+        words[row, : widths[row]] = text
+    return words, np.arange(words.shape[1]) < widths[:, None]
+
+
 def as_batch(stacked: Stacked) -> Batch:
     """The same memory as tensors."""
     tensors = {name: torch.from_numpy(array) for name, array in stacked["arrays"].items()}
-    return Batch(stream=stacked["stream"], sample_ids=stacked["sample_ids"], **tensors)
+    stream = cast(Stream, stacked["stream"])
+    return Batch(stream=stream, sample_ids=stacked["sample_ids"], **tensors)
 
 
 def collate(stream: Stream, samples: Sequence[Sample]) -> Batch:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from vlbeit.config import PretrainConfig
-from vlbeit.data.collate import Stacked, as_batch, stack
+from vlbeit.data.collate import Sample, Stacked
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.order import StreamOrder, Visit, source_weights
 from vlbeit.data.records import BadSample, RecordSource, cache_folder
@@ -23,7 +23,9 @@ from vlbeit.data.textpack import pack_text
 from vlbeit.data.workers import Background, ProcessBackground, ThreadBackground
 from vlbeit.errors import ConfigError, DataBudgetError, InputError
 from vlbeit.tokens.text import TextTokenizer
-from vlbeit.types import STREAMS, Batch, Stream
+from vlbeit.types import Batch, Stream
+
+B = TypeVar("B")
 
 Cursors = dict[str, dict[str, int]]
 """Visits had, by stream and source: all the state of the data order. Plain JSON."""
@@ -45,7 +47,7 @@ class StepPlan:
     """What a step visits: a pure function of the cursors, the rank and the world size."""
 
     step: int
-    micro_batches: list[tuple[Stream, list[Visit]]]
+    micro_batches: list[tuple[str, list[Visit]]]
     """Those of this rank, in the order of training."""
     ledger: dict[str, dict[str, list[str]]]
     """Sample ids of the GLOBAL step by stream and source, in order; the same on every rank."""
@@ -56,11 +58,11 @@ class StepPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepData:
+class StepData(Generic[B]):
     """A step's input for this rank."""
 
     step: int
-    batches: dict[Stream, list[Batch]]
+    batches: dict[str, list[B]]
     """Micro-batches by stream. Bad samples are missing from them, and a micro-batch without a
     good one is left out: the lists of two ranks may differ in length, or be empty."""
     ledger: dict[str, dict[str, list[str]]]
@@ -74,7 +76,7 @@ class StepData:
     """Seconds the caller waited for it."""
 
 
-class StepLoader:
+class StepLoader(Generic[B]):
     """The input of every step for one rank.
 
     >>> with build_loader(config, sources, tokenizer, rank=0, world=1) as loader:
@@ -87,8 +89,8 @@ class StepLoader:
 
     def __init__(
         self,
-        streams: Sequence[SampleStream],
-        counts: Mapping[Stream, int],
+        streams: Sequence[SampleStream[Any, B]],
+        counts: Mapping[str, int],
         *,
         micro: int,
         window: int,
@@ -101,7 +103,8 @@ class StepLoader:
         """
         Args:
             streams: one for each stream whose count is not 0.
-            counts: samples of each stream in a step, over all ranks.
+            counts: samples of each stream in a step, over all ranks; a step's micro-batches come
+                in this order of streams.
             micro: most samples of a micro-batch.
             window: records shuffled together.
             weights: share of a source in its stream, by name (order.source_weights).
@@ -119,7 +122,7 @@ class StepLoader:
                 f"input.loader_timeout {timeout}: out of range"
             )
         self._streams = {stream.stream: stream for stream in streams}
-        self._counts = {name: counts.get(name, 0) for name in STREAMS}
+        self._counts = dict(counts)
         known = {source for stream in streams for source in stream.records}
         for name in weights or {}:
             if name not in known:
@@ -127,7 +130,7 @@ class StepLoader:
                     f"input.weights names the source {name!r}; the data has "
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
-        self._orders: dict[Stream, StreamOrder] = {}
+        self._orders: dict[str, StreamOrder] = {}
         for name, count in self._counts.items():
             if count == 0:
                 continue
@@ -159,7 +162,7 @@ class StepLoader:
         ledger: dict[str, dict[str, list[str]]] = {}
         counted: dict[str, dict[str, int]] = {}
         after: Cursors = {}
-        micro_batches: list[tuple[Stream, list[Visit]]] = []
+        micro_batches: list[tuple[str, list[Visit]]] = []
         for name, order in self._orders.items():
             visits, after[name] = order.take(cursors[name], self._counts[name])
             ledger[name] = {source: [] for source in order.orders}
@@ -179,7 +182,7 @@ class StepLoader:
 
     def steps(
         self, cursors: Mapping[str, Mapping[str, int]], first: int, last: int
-    ) -> Iterator[StepData]:
+    ) -> Iterator[StepData[B]]:
         """The input of the steps first..last; `cursors` are those before step `first`.
 
         Raises:
@@ -204,13 +207,13 @@ class StepLoader:
                 plan = parts[0].plan
                 assert plan is not None
                 queues = [iter(part.made) for part in parts]
-                batches: dict[Stream, list[Batch]] = {name: [] for name in self._orders}
+                batches: dict[str, list[B]] = {name: [] for name in self._orders}
                 skips: list[dict[str, Any]] = []
                 for name, _ in plan.micro_batches:
                     made = next(queues[tasks % workers])
                     tasks += 1
                     if made.stacked is not None:
-                        batches[name].append(as_batch(made.stacked))
+                        batches[name].append(self._streams[name].batch(made.stacked))
                     skips += [{"step": plan.step, **skip} for skip in made.skips]
                 yield StepData(
                     step=plan.step,
@@ -242,7 +245,7 @@ class StepLoader:
             tasks += len(plan.micro_batches)
             yield _Part(plan if number == 0 else None, [self._make(*task) for task in mine])
 
-    def _make(self, name: Stream, visits: Sequence[Visit]) -> "_Made":
+    def _make(self, name: str, visits: Sequence[Visit]) -> "_Made":
         samples, skips = [], []
         for visit in visits:
             if self._stopping:
@@ -261,7 +264,7 @@ class StepLoader:
                         "detail": bad.detail,
                     }
                 )
-        return _Made(stack(name, samples) if samples else None, skips)
+        return _Made(self._streams[name].stack(samples) if samples else None, skips)
 
     def close(self) -> None:
         """End the background thread or the worker processes."""
@@ -370,6 +373,10 @@ def _most_frequent(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} x {reason}" for reason, count in top)
 
 
+PretrainingStream = SampleStream[Sample, Batch]
+"""One of the three masked streams."""
+
+
 def stream_counts(config: PretrainConfig) -> dict[Stream, int]:
     """Samples of each stream in a step, over all ranks."""
     batch = config.batch
@@ -398,7 +405,7 @@ def build_streams(
     *,
     cache: Path | None = None,
     log: Callable[[str], None] = lambda message: None,
-) -> list[SampleStream]:
+) -> list[PretrainingStream]:
     """The streams of a run, those with a batch count of 0 left out.
 
     Args:
@@ -411,7 +418,7 @@ def build_streams(
     """
     model, given, masking = config.model, config.input, config.masking
     seed = config.seed
-    streams: list[SampleStream] = []
+    streams: list[PretrainingStream] = []
 
     def depth(views: int) -> tuple[int, int] | None:
         return (views, 2 * model.layers) if model.drop_path > 0 else None
@@ -464,13 +471,13 @@ def build_streams(
 
 
 def build_loader(
-    config: PretrainConfig, streams: Sequence[SampleStream], *, rank: int = 0, world: int = 1
-) -> StepLoader:
+    config: PretrainConfig, streams: Sequence[PretrainingStream], *, rank: int = 0, world: int = 1
+) -> StepLoader[Batch]:
     """The loader of one rank."""
     batch, given = config.batch, config.input
     return StepLoader(
         streams,
-        stream_counts(config),
+        {str(name): count for name, count in stream_counts(config).items()},
         micro=batch.micro,
         window=given.shuffle_window,
         weights=given.weights,

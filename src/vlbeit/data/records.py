@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -401,8 +401,11 @@ class RecordSource:
         shard = int(self._stops.searchsorted(index, side="right"))
         return shard, index - int(self._stops[shard]) + int(self.sizes[shard])
 
-    def read(self, index: int) -> Record:
+    def read(self, index: int, only: Collection[str] | None = None) -> Record:
         """The record, every byte as it was when the manifest was made.
+
+        Args:
+            only: extensions of the members that are wanted; None: all.
 
         Raises:
             BadSample: anything about it is not so.
@@ -414,6 +417,10 @@ class RecordSource:
             raise BadSample(path, bad.member, bad.reason, bad.detail)
         key = manifest.key(position)
         members = manifest.members(position)
+        if only is not None:
+            members = [member for member in members if member.extension in only]
+            if not members:
+                return Record(key, path, {})
         start = members[0].offset
         stop = max(member.offset + member.size for member in members)
         for member in members:

@@ -8,11 +8,12 @@ makes it, nor what was made before.
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from vlbeit.config import CropConfig, MaskingConfig
+from vlbeit.data.collate import Sample, Stacked, as_batch, stack
 from vlbeit.data.order import SourceOrder, Visit
 from vlbeit.data.records import BadSample, RecordSource
 from vlbeit.data.textpack import PackedText
@@ -21,44 +22,56 @@ from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError
 from vlbeit.masking import block_masked, replace_words, word_masked
 from vlbeit.tokens.text import SPECIALS, TextTokenizer
-from vlbeit.types import Stream
+from vlbeit.types import Batch, Stream
+
+S = TypeVar("S")
+B = TypeVar("B", covariant=True)
 
 _CHUNKS_A_SHARD = 256
 """Neighbouring chunks of packed text that the order treats as one shard (about 50k tokens)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One masked sample; the arrays are those of `types.Batch` without the batch dimension."""
+class SampleStream(Protocol[S, B]):
+    """What the loader asks of a stream of samples `S` that become micro-batches `B`."""
 
-    visit: Visit
-    pixels: np.ndarray | None = None
-    patch_masked: np.ndarray | None = None
-    words: np.ndarray | None = None
-    words_given: np.ndarray | None = None
-    word_masked: np.ndarray | None = None
-    depth_draws: np.ndarray | None = None
+    @property
+    def stream(self) -> str:
+        """Its name, in the ledger and in `dataset.json`."""
 
+    @property
+    def records(self) -> dict[str, int]:
+        """What one epoch of each source counts: records, chunks of text, questions."""
 
-class SampleStream(Protocol):
-    """What the loader asks of a stream."""
-
-    stream: Stream
-    records: dict[str, int]
-    """What one epoch of each source counts: records, or chunks of text."""
-
-    def sample(self, visit: Visit) -> Sample:
+    def sample(self, visit: Visit) -> S:
         """The sample of a visit.
 
         Raises:
             BadSample: it cannot be made; shard, member and reason say why.
         """
 
+    def stack(self, samples: Sequence[S]) -> Stacked:
+        """A micro-batch in numpy, which may be sent from another process; at least one sample."""
+
+    def batch(self, stacked: Stacked) -> B:
+        """The same memory as tensors."""
+
     def lengths(self, visits: Sequence[Visit]) -> np.ndarray | None:
         """(n,) lengths by which a step is sorted before it is cut; None: not sorted."""
 
     def orders(self, window: int, bucket: int) -> list[SourceOrder]:
         """The order of each source; `bucket` visits have like lengths."""
+
+
+class MaskedStream:
+    """What the three streams of pretraining share: how their samples become a `Batch`."""
+
+    stream: Stream
+
+    def stack(self, samples: Sequence[Sample]) -> Stacked:
+        return stack(self.stream, samples)
+
+    def batch(self, stacked: Stacked) -> Batch:
+        return as_batch(stacked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +145,21 @@ def depth_draws(
     return ((raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
 
 
-class ImageStream:
+def encode_text(tokenizer: TextTokenizer, text: str, longest: int) -> np.ndarray:
+    """(W,) int32: [T_CLS] text [T_SEP], cut to `longest` tokens.
+
+    Raises:
+        BadText: empty_text.
+    """
+    ids = tokenizer.encode(text)[: longest - 2]
+    if len(ids) == 0:
+        raise BadText("empty_text", "no token is left after tokenizing")
+    words = np.empty(len(ids) + 2, dtype=np.int32)
+    words[0], words[1:-1], words[-1] = TextTokenizer.cls, ids, TextTokenizer.sep
+    return words
+
+
+class ImageStream(MaskedStream):
     """Single images for MIM."""
 
     stream: Stream = "image"
@@ -172,7 +199,7 @@ class ImageStream:
         return [SourceOrder(s.name, s.sizes, self._seed, window) for s in self._sources.values()]
 
 
-class PairStream:
+class PairStream(MaskedStream):
     """Image-text pairs for MVLM. Words and patches are both masked; the objective picks."""
 
     stream: Stream = "pair"
@@ -204,7 +231,7 @@ class PairStream:
         captions = record.captions()
         number = self._caption(visit, len(captions))
         try:
-            words = self._encode(clean_text(captions[number]))
+            words = encode_text(self._tokenizer, clean_text(captions[number]), self._text_length)
             draws = Draws(self._seed, "crop", self.stream, *visit)
             pixels = self._pictures.pixels(record.image(), draws)
         except BadText as bad:
@@ -231,15 +258,6 @@ class PairStream:
             return 0
         return Draws(self._seed, "caption", *visit).integer(0, captions)
 
-    def _encode(self, text: str) -> np.ndarray:
-        """[T_CLS] text [T_SEP], cut to the longest allowed."""
-        ids = self._tokenizer.encode(text)[: self._text_length - 2]
-        if len(ids) == 0:
-            raise BadText("empty_text", "no token is left after tokenizing")
-        words = np.empty(len(ids) + 2, dtype=np.int32)
-        words[0], words[1:-1], words[-1] = TextTokenizer.cls, ids, TextTokenizer.sep
-        return words
-
     def lengths(self, visits: Sequence[Visit]) -> np.ndarray:
         found = np.zeros(len(visits), dtype=np.int64)
         for place, visit in enumerate(visits):
@@ -265,7 +283,7 @@ class PairStream:
         return self.lengths([Visit(source, epoch, index) for index in records.tolist()])
 
 
-class TextStream:
+class TextStream(MaskedStream):
     """Full-length chunks of text for MLM."""
 
     stream: Stream = "text"

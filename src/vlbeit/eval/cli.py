@@ -1,4 +1,8 @@
-"""`vlbeit eval RUN`: held-out scores and the sighted / blind gap, as a table or JSON."""
+"""`vlbeit eval RUN`: held-out scores of a run, as a table or JSON.
+
+A pretrained run: objectives and the sighted / blind gap. A fine-tuned one: the figures of its task
+beside the guess that does not look at the picture.
+"""
 
 import argparse
 import json
@@ -8,7 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Column, Table
 
+from vlbeit.checkpoint import find_checkpoint
+from vlbeit.errors import ConfigError
+from vlbeit.eval.downstream import evaluate_task, load_task_run
 from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
+from vlbeit.eval.neighbours import evaluate_neighbours
 
 
 def main(argv: list[str]) -> int:
@@ -24,20 +32,66 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--out", help="also write the JSON to this file")
-    args = parser.parse_args(argv)
-    quiet: Any = (lambda text: None) if args.json else print
-    run = load_run(args.run, args.device, quiet)
-    found = evaluate_run(
-        run, args.data, split=args.split, samples=args.samples, batch_size=args.batch
+    parser.add_argument(
+        "--neighbours",
+        type=int,
+        metavar="K",
+        help="classify by the K nearest training pictures instead; nothing is trained",
     )
+    parser.add_argument(
+        "--scratch", action="store_true", help="with --neighbours: a trunk of fresh weights"
+    )
+    args = parser.parse_args(argv)
+    if args.scratch and args.neighbours is None:
+        raise ConfigError("--scratch goes with --neighbours only")
+    if args.samples and args.neighbours is not None:
+        raise ConfigError("--samples does not go with --neighbours: leave it out")
+    quiet: Any = (lambda text: None) if args.json else print
+    checkpoint = find_checkpoint(args.run, quiet)
+    given = {"split": args.split, "samples": args.samples, "batch_size": args.batch}
+    found: dict[str, Any]
+    if args.neighbours is not None:
+        found = evaluate_neighbours(
+            checkpoint,
+            args.data,
+            k=args.neighbours,
+            split=args.split,
+            batch_size=args.batch,
+            device=args.device,
+            scratch=args.scratch,
+        )
+    elif "task" in checkpoint.config:
+        found = evaluate_task(load_task_run(checkpoint, args.device), args.data, **given)
+    else:
+        found = evaluate_run(load_run(checkpoint.folder, args.device, quiet), args.data, **given)
     text = json.dumps(found, indent=1)
     if args.out:
         Path(args.out).write_text(text + "\n")
     if args.json:
         print(text)
+    elif "task" in found:
+        show_task(found, Console())
     else:
         show(found, Console())
     return 0
+
+
+def show_task(found: dict[str, Any], console: Console) -> None:
+    """The figures of a fine-tuned run; intervals are 95 % bootstrap over records."""
+    console.print(
+        f"{found['checkpoint']} (step {found['step']}): {found['task']} on {found['split']}, "
+        f"{found['samples']} samples"
+    )
+    if found["skipped"]:
+        console.print(f"{len(found['skipped'])} bad samples left out, first: {found['skipped'][0]}")
+    table = table_of("figure", "value", "without looking", "gain", "samples")
+    for name, row in found["figures"].items():
+        guess = percent(row["baseline"]) if "baseline" in row else ""
+        gain = percent(row["gain"], True) if "gain" in row else ""
+        table.add_row(name, percent(row), guess, gain, str(row["samples"]))
+    console.print(table)
+    if found["costs"]:
+        console.print(", ".join(f"{name} {value:.4g}" for name, value in found["costs"].items()))
 
 
 def percent(estimate: dict[str, float], signed: bool = False) -> str:
@@ -88,7 +142,11 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 def table_of(first: str, *others: str) -> Table:
     """Only the first column may wrap: figures stay in one piece on a narrow terminal."""
-    return Table(Column(first), *(Column(name, no_wrap=True) for name in others), padding=(0, 0))
+    return Table(
+        Column(first, overflow="fold"),
+        *(Column(name, no_wrap=True) for name in others),
+        padding=(0, 0),
+    )
 
 
 def attribute_table(found: dict[str, Any]) -> Table:

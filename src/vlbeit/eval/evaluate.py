@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vlbeit.checkpoint import Checkpoint, load_newest, open_checkpoint
+from vlbeit.checkpoint import find_checkpoint
 from vlbeit.config import PretrainConfig, from_dict
 from vlbeit.data.dataset import Dataset
 from vlbeit.data.records import BadSample
@@ -62,14 +62,12 @@ def load_run(
     Raises:
         InputError: there is none, or it is damaged (a run folder falls back to the one before).
     """
-    place = Path(place)
-    checkpoint: Checkpoint | None
-    if (place / "manifest.json").is_file():
-        checkpoint = open_checkpoint(place)
-    else:
-        checkpoint = load_newest(place, log)
-    if checkpoint is None:
-        raise InputError(f"{place}: no checkpoint here; expected a run folder or a checkpoint")
+    checkpoint = find_checkpoint(place, log)
+    if "task" in checkpoint.config:
+        raise InputError(
+            f"{checkpoint.folder}: fine-tuned for {checkpoint.config['task']}; this needs a "
+            "pretrained one"
+        )
     config = from_dict(PretrainConfig, checkpoint.config)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

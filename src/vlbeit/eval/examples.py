@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vlbeit.data.loader import PretrainingStream
 from vlbeit.data.records import BadSample
-from vlbeit.data.streams import SampleStream
 from vlbeit.eval.evaluate import LoadedRun
 from vlbeit.eval.fill import FilledPatches, guess_patches, guess_words
 from vlbeit.eval.heldout import visits_of
@@ -38,7 +38,7 @@ class Example:
     without_text: FilledPatches | None
 
 
-def pair_examples(run: LoadedRun, stream: SampleStream, count: int) -> list[Example]:
+def pair_examples(run: LoadedRun, stream: PretrainingStream, count: int) -> list[Example]:
     """`count` pairs spread evenly over the stream, none of them chosen; bad ones are left out.
 
     Words and patches are hidden as in the evaluation, so these are among its samples.

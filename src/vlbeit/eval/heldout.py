@@ -1,22 +1,24 @@
 """Scores on held-out samples: what a run logs while it trains, and what `vlbeit eval` reports."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 
 from vlbeit.config import CropConfig, PretrainConfig
-from vlbeit.data.collate import collate
-from vlbeit.data.loader import build_streams, open_streams
+from vlbeit.data.loader import PretrainingStream, build_streams, open_streams
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample
-from vlbeit.data.streams import Sample, SampleStream
+from vlbeit.data.streams import SampleStream
 from vlbeit.errors import InputError
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import count_targets, score_batch
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.tokens.visual import VisualTokenizer
-from vlbeit.types import Batch, Score, Stream
+from vlbeit.types import Batch, Score
+
+B = TypeVar("B")
 
 EVAL_SEED = 20_220_603
 """Keys the masks of every evaluation, so that all runs and steps meet the same ones."""
@@ -40,7 +42,7 @@ def evaluation_config(config: PretrainConfig) -> PretrainConfig:
 
 def held_out_streams(
     config: PretrainConfig, text: TextTokenizer, split: str = "val"
-) -> dict[Stream, SampleStream]:
+) -> dict[str, PretrainingStream]:
     """The held-out sources by stream; a stream whose data has no such split is left out."""
     plain = evaluation_config(config)
     sources = open_streams(config, split)
@@ -54,7 +56,7 @@ def held_out_streams(
     return {stream.stream: stream for stream in built}
 
 
-def visits_of(stream: SampleStream, limit: int) -> list[Visit]:
+def visits_of(stream: SampleStream[Any, Any], limit: int) -> list[Visit]:
     """At most `limit` visits (0: all), spread evenly over the stream's records."""
     everything = [
         Visit(source, 0, index)
@@ -67,10 +69,13 @@ def visits_of(stream: SampleStream, limit: int) -> list[Visit]:
 
 
 def batches_of(
-    stream: SampleStream, visits: list[Visit], size: int, bad: list[BadSample] | None = None
-) -> Iterator[Batch]:
+    stream: SampleStream[Any, B],
+    visits: list[Visit],
+    size: int,
+    bad: list[BadSample] | None = None,
+) -> Iterator[B]:
     """Micro-batches of the visits, in order; bad samples are left out and put into `bad`."""
-    ready: list[Sample] = []
+    ready: list[Any] = []
     for visit in visits:
         try:
             ready.append(stream.sample(visit))
@@ -78,13 +83,13 @@ def batches_of(
             if bad is not None:
                 bad.append(error)
         if len(ready) == size:
-            yield collate(stream.stream, ready)
+            yield stream.batch(stream.stack(ready))
             ready = []
     if ready:
-        yield collate(stream.stream, ready)
+        yield stream.batch(stream.stack(ready))
 
 
-def last_of(stream: SampleStream, visits: list[Visit]) -> Batch | None:
+def last_of(stream: PretrainingStream, visits: list[Visit]) -> Batch | None:
     """The last good sample, as a batch of one; None when all are bad."""
     for visit in reversed(visits):
         for batch in batches_of(stream, [visit], 1):
@@ -134,7 +139,7 @@ class HeldOut:
         }
 
 
-def need_streams(streams: dict[Stream, SampleStream], data: tuple[str, ...], split: str) -> None:
+def need_streams(streams: Mapping[str, object], data: tuple[str, ...], split: str) -> None:
     """Raise InputError when there is nothing to evaluate on."""
     if not streams:
         raise InputError(

@@ -1,7 +1,9 @@
 """How much arithmetic a model needs, counted from its shapes (matrix products only)."""
 
+from collections.abc import Sequence
+
 from vlbeit.config import ModelConfig
-from vlbeit.types import Batch
+from vlbeit.types import Batch, TaskBatch
 
 
 def encoder_flops(config: ModelConfig, tokens: int) -> int:
@@ -28,3 +30,23 @@ def training_flops(config: ModelConfig, batch: Batch, passes: int, targets: dict
         for name, count in targets.items()
     )
     return 3 * (body + heads) + 2 * stem
+
+
+def task_flops(config: ModelConfig, batch: TaskBatch, paths: Sequence[str], frozen: bool) -> int:
+    """Useful FLOPs of forward and backward of a downstream task; its head is not counted.
+
+    Args:
+        paths: "image", "text" or "pair", one for each forward pass of a sample; a task with
+            several images gives each of its image or pair passes the next one.
+        frozen: the trunk has no backward pass.
+    """
+    patches = 0
+    if batch.pixels is not None:
+        patches = batch.pixels.shape[-2] * batch.pixels.shape[-1] // config.patch**2 + 1
+    lengths = [0] * len(batch) if batch.word_valid is None else batch.word_valid.sum(1).tolist()
+    total = 0
+    for path in paths:
+        for words in lengths:
+            tokens = (path != "text") * patches + (path != "image") * words
+            total += encoder_flops(config, tokens)
+    return total if frozen else 3 * total

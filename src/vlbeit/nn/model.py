@@ -56,7 +56,15 @@ class VLBeit(nn.Module):
                 "mim": nn.Linear(config.width, config.codes),
             }
         )
+        self.task: nn.Module | None = None
         initialise(self, seed, config.init_std, config.position_std)
+
+    def put_on(self, head: nn.Module) -> "VLBeit":
+        """The same model with a task's head (its tensors are named task.*) for the two heads of
+        pretraining."""
+        self.heads = nn.ModuleDict()
+        self.task = head
+        return self
 
     def embed_image(
         self, pixels: Tensor, patch_masked: Tensor | None = None, depth_draws: Tensor | None = None

@@ -20,16 +20,16 @@ import torch
 from torch import nn
 
 from vlbeit.config import PretrainConfig
-from vlbeit.data.collate import collate
+from vlbeit.data.collate import Sample, collate
 from vlbeit.data.order import Visit
-from vlbeit.data.streams import PictureSettings, Sample, WordSettings
+from vlbeit.data.streams import PictureSettings, WordSettings
 from vlbeit.draws import Draws
 from vlbeit.nn.flops import training_flops
 from vlbeit.nn.model import VLBeit
-from vlbeit.objectives import OBJECTIVES, count_targets, views
+from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
 from vlbeit.tokens.text import SPECIALS, TextTokenizer
 from vlbeit.train.limit import matrix_limit, synchronize
-from vlbeit.train.loop import MaskedPrediction, autocast, memory_mb
+from vlbeit.train.loop import Learner, autocast, memory_mb
 from vlbeit.train.optim import build_optimizer
 from vlbeit.types import STREAMS, Batch, Stream
 
@@ -102,7 +102,9 @@ class Step:
         config: PretrainConfig,
         device: torch.device,
     ) -> None:
-        self.prediction = MaskedPrediction(model, config.objective)
+        self.learner: Learner[Batch] = Learner(
+            model, lambda batch: score_batch(model, batch, config.objective)
+        )
         self.batches = batches
         self.optimizer = optimizer
         self.device = device
@@ -121,11 +123,11 @@ class Step:
         total = 0.0
         for batch in self.batches:
             with autocast(self.device, self.precision):
-                loss, _ = self.prediction(batch, self.factors, touch=False)
+                loss, _ = self.learner(batch, self.factors, touch=False)
             loss.backward()
             total += float(loss.detach())
         if self.clip:
-            nn.utils.clip_grad_norm_(self.prediction.parameters(), self.clip)
+            nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total

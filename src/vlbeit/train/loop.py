@@ -1,7 +1,9 @@
-"""The pretraining step, on one page.
+"""The training step, on one page: of pretraining and of every downstream task.
 
-    for each step: plan -> micro-batches -> codes -> scores -> one backward per micro-batch
+    for each step: plan -> micro-batches -> scores -> one backward per micro-batch
                    -> clip -> guard -> update -> rows of the log -> checkpoint
+
+What is learned comes as an argument (`Learning`): the loop knows names, weights and sums.
 
 Sums of loss are divided once, by the counts of the whole global batch, before the backward pass;
 so micro-batches, ranks and accumulation change nothing but rounding.
@@ -13,36 +15,64 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vlbeit.config import ObjectiveConfig, PretrainConfig
+from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.data.loader import Cursors, SkipBudget, StepData, StepLoader
 from vlbeit.errors import NonFiniteError, StopRequested
-from vlbeit.nn.flops import training_flops
 from vlbeit.nn.model import VLBeit
-from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
-from vlbeit.tokens.visual import VisualTokenizer
 from vlbeit.train.distributed import World
 from vlbeit.train.optim import lr_at, set_lr
 from vlbeit.train.runfolder import RunFolder
 from vlbeit.train.signals import StopSignal
-from vlbeit.types import STREAMS, Batch, Score
+from vlbeit.types import Score
 
 
-class MaskedPrediction(nn.Module):
-    """Model and objectives as one module, so that DDP sees one forward pass per micro-batch."""
+class MicroBatch(Protocol):
+    """What the loop asks of a micro-batch."""
 
-    def __init__(self, model: VLBeit, config: ObjectiveConfig) -> None:
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on a device."""
+
+
+B = TypeVar("B", bound=MicroBatch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning(Generic[B]):
+    """What a run learns, as far as the loop has to know."""
+
+    weights: dict[str, float]
+    """Of each objective in the sum that is minimised, in the order of the log."""
+    score: Callable[[B], dict[str, Score]]
+    """The scores of a micro-batch by objective, with a gradient."""
+    count: Callable[[B], dict[str, int]]
+    """How many positions or samples `score` will count, known before any forward pass."""
+    prepare: Callable[[B], B]
+    """The micro-batch, on the device, as `score` wants it; runs once and without precision's
+    autocast."""
+    tokens: Callable[[B], int]
+    """Real tokens of a micro-batch."""
+    flops: Callable[[B], int]
+    """Useful arithmetic of forward and backward."""
+
+
+class Learner(nn.Module, Generic[B]):
+    """Model and scores as one module, so that DDP sees one forward pass per micro-batch."""
+
+    def __init__(self, model: nn.Module, score: Callable[[B], dict[str, Score]]) -> None:
         super().__init__()
         self.model = model
-        self.config = config
+        self.score = score
 
     def forward(
-        self, batch: Batch | None, factors: dict[str, float], touch: bool
+        self, batch: B | None, factors: dict[str, float], touch: bool
     ) -> tuple[Tensor, dict[str, Score]]:
         """The micro-batch's share of the step's loss, and its scores.
 
@@ -50,7 +80,7 @@ class MaskedPrediction(nn.Module):
         every trained parameter: DDP waits in the last backward pass of a step for all of them,
         and a single stream does not use all experts.
         """
-        scores = {} if batch is None else score_batch(self.model, batch, self.config)
+        scores = {} if batch is None else self.score(batch)
         parts = [factors[name] * score.loss_sum for name, score in scores.items()]
         if touch or not parts:
             parts += [0.0 * p.sum() for p in self.model.parameters() if p.requires_grad]
@@ -68,15 +98,15 @@ class Progress:
 
 
 @dataclass(kw_only=True)
-class Run:
-    """What a training loop needs; made by `pretrain`."""
+class Run(Generic[B]):
+    """What a training loop needs; made by `learn` (opening.py)."""
 
-    config: PretrainConfig
+    config: PretrainConfig | FinetuneConfig
     world: World
     model: VLBeit
     optimizer: torch.optim.Optimizer
-    visual: VisualTokenizer | None
-    loader: StepLoader
+    learning: Learning[B]
+    loader: StepLoader[B]
     budget: SkipBudget
     progress: Progress
     folder: RunFolder | None
@@ -86,9 +116,11 @@ class Run:
     """Measured matrix products of this process, FLOP/s."""
     save: Callable[[], None]
     evaluate: Callable[[int], None]
+    updated: Callable[[], None]
+    """Called after each step that changed the weights."""
 
 
-def train(run: Run) -> None:
+def train(run: Run[B]) -> None:
     """Run the steps from `run.progress.step` + 1 to `config.max_steps`.
 
     Raises:
@@ -98,11 +130,12 @@ def train(run: Run) -> None:
         LostWorkerError, SaveError: see distributed.py and checkpoint.py.
     """
     config, world, progress = run.config, run.world, run.progress
-    prediction = MaskedPrediction(run.model, config.objective)
-    trained: nn.Module = prediction
+    learning = run.learning
+    learner = Learner(run.model, learning.score)
+    trained: nn.Module = learner
     if world.size > 1:
         trained = DistributedDataParallel(
-            prediction,
+            learner,
             device_ids=[world.device] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
@@ -116,16 +149,14 @@ def train(run: Run) -> None:
         set_lr(run.optimizer, lr)
 
         # ---- forward and backward: one micro-batch after the other
-        batches = [
-            batch.to(world.device) for name in STREAMS for batch in data.batches.get(name, [])
-        ]
+        batches = [batch.to(world.device) for group in data.batches.values() for batch in group]
         factors, skipped = global_factors(run, batches, data)
-        scores = {name: Score.zero(world.device) for name in OBJECTIVES}
-        micro: list[Batch | None] = [*batches] or [None]
+        scores = {name: Score.zero(world.device) for name in learning.weights}
+        micro: list[B | None] = [*batches] or [None]
         for number, batch in enumerate(micro):
             last = number == len(micro) - 1
-            if batch is not None and run.visual is not None and batch.pixels is not None:
-                batch = batch.with_codes(run.visual.encode(batch.pixels))
+            if batch is not None:
+                batch = learning.prepare(batch)
             with contextlib.ExitStack() as stack:
                 if isinstance(trained, DistributedDataParallel) and not last:
                     stack.enter_context(trained.no_sync())
@@ -144,6 +175,7 @@ def train(run: Run) -> None:
         finite = bool(torch.isfinite(grad_norm)) and all(s["finite"] for s in sums.values())
         if finite:
             run.optimizer.step()
+            run.updated()
             progress.nonfinite_in_row = 0
         else:
             progress.nonfinite_in_row += 1
@@ -187,7 +219,7 @@ def train(run: Run) -> None:
             )
 
 
-def closing(steps: Iterator[StepData]) -> Iterator[StepData]:
+def closing(steps: Iterator[StepData[B]]) -> Iterator[StepData[B]]:
     """The steps; the loader behind them is closed however the loop ends."""
     try:
         yield from steps
@@ -210,18 +242,20 @@ def flag_over_ranks(world: World, flag: bool) -> int:
 
 
 def global_factors(
-    run: Run, batches: list[Batch], data: StepData
+    run: Run[B], batches: list[B], data: StepData[B]
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """weight / (positions to predict in the global batch) by objective; and all ranks' skips."""
-    counts = torch.zeros(len(OBJECTIVES) + 1, dtype=torch.float64)
+    weights = run.learning.weights
+    names = list(weights)
+    counts = torch.zeros(len(names) + 1, dtype=torch.float64)
     for batch in batches:
-        for name, count in count_targets(batch, run.config.objective).items():
-            counts[OBJECTIVES.index(name)] += count
+        for name, count in run.learning.count(batch).items():
+            counts[names.index(name)] += count
     counts[-1] = len(data.skips)
     counts = run.world.sum_over_ranks(counts.to(run.world.device)).cpu()
     factors = {
-        name: getattr(run.config.objective, name) / max(float(count), 1.0)
-        for name, count in zip(OBJECTIVES, counts, strict=False)
+        name: weights[name] / max(float(count), 1.0)
+        for name, count in zip(names, counts, strict=False)
     }
     skipped = data.skips
     if counts[-1] > 0 and run.world.size > 1:
@@ -229,7 +263,7 @@ def global_factors(
     return factors, skipped
 
 
-def global_sums(run: Run, scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
+def global_sums(run: Run[B], scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
     """Scores over all ranks, by objective; those that predicted nothing are left out."""
     table = torch.stack(
         [
@@ -251,32 +285,24 @@ def global_sums(run: Run, scores: dict[str, Score]) -> dict[str, dict[str, Any]]
 
 
 def metrics_row(
-    run: Run,
-    data: StepData,
+    run: Run[B],
+    data: StepData[B],
     sums: dict[str, dict[str, Any]],
     lr: float,
     grad_norm: float,
     took: float,
-    batches: list[Batch],
+    batches: list[B],
 ) -> dict[str, Any]:
     """One row of metrics.jsonl. `loss` is hexadecimal, so that equal rows mean equal bits.
 
     Rates are of rank 0 times the ranks; `limit_share` is the step's useful FLOP/s over the
     matrix products this process was measured to do at the start.
     """
-    weights = run.config.objective
-    total = sum(getattr(weights, name) * s["loss"] for name, s in sums.items())
+    learning = run.learning
+    total = sum(learning.weights[name] * s["loss"] for name, s in sums.items())
     samples = sum(len(batch) for batch in batches)
-    tokens = sum(batch.tokens() for batch in batches)
-    flops = sum(
-        training_flops(
-            run.config.model,
-            batch,
-            views(weights) if batch.stream == "pair" else 1,
-            count_targets(batch, weights),
-        )
-        for batch in batches
-    )
+    tokens = sum(learning.tokens(batch) for batch in batches)
+    flops = sum(learning.flops(batch) for batch in batches)
     return {
         "step": data.step,
         "loss": float(total).hex(),
@@ -302,9 +328,9 @@ def memory_mb(device: torch.device) -> int:
 
 
 def write_rows(
-    run: Run,
+    run: Run[B],
     folder: RunFolder,
-    data: StepData,
+    data: StepData[B],
     row: dict[str, Any],
     skipped: list[dict[str, Any]],
     finite: bool,
@@ -327,7 +353,7 @@ def write_rows(
         folder.metrics.append(row)
 
 
-def ledger_row(data: StepData, kind: str) -> dict[str, Any]:
+def ledger_row(data: StepData[B], kind: str) -> dict[str, Any]:
     """The ordered sample ids of the global step by stream and source, or one digest for each."""
     if kind == "full":
         return {"step": data.step, **data.ledger}

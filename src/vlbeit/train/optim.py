@@ -31,14 +31,21 @@ def layer_of(name: str, layers: int) -> int:
     return layers + 1
 
 
-def param_groups(model: nn.Module, config: OptimConfig, layers: int) -> list[dict[str, object]]:
-    """Groups of equal weight decay and equal `lr_factor`; names are kept for checkpoints."""
+def param_groups(
+    model: nn.Module, config: OptimConfig, layers: int, head_lr: float = 1.0
+) -> list[dict[str, object]]:
+    """Groups of equal weight decay and equal `lr_factor`; names are kept for checkpoints.
+
+    Args:
+        head_lr: factor of a task's head (`task.*`).
+    """
     groups: dict[tuple[float, float], dict[str, object]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = config.weight_decay if decays(name, parameter) else 0.0
         factor = config.layer_decay ** (layers + 1 - layer_of(name, layers))
+        factor *= head_lr if name.startswith("task.") else 1.0
         group = groups.setdefault(
             (decay, factor),
             {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor},
@@ -48,10 +55,12 @@ def param_groups(model: nn.Module, config: OptimConfig, layers: int) -> list[dic
     return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, layers: int) -> torch.optim.AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, layers: int, head_lr: float = 1.0
+) -> torch.optim.AdamW:
     """Fused AdamW ("Adam" in the paper; its decay of 0.05 is the decoupled one, as BEiT's)."""
     return torch.optim.AdamW(
-        param_groups(model, config, layers),
+        param_groups(model, config, layers, head_lr),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlbeit.checkpoint import load_newest, remove_leftovers, save_checkpoint
+from vlbeit.checkpoint import save_checkpoint
 from vlbeit.config import TextTokenizerConfig, TokenizerRunConfig, digest, to_dict
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.transforms import BadText, clean_text
@@ -26,14 +26,7 @@ from vlbeit.tokens.text import (
     train_text_tokenizer,
 )
 from vlbeit.tokens.visual import load_visual_tokenizer
-from vlbeit.train.distributed import (
-    World,
-    init_world,
-    set_threads,
-    use_deterministic_kernels,
-)
-from vlbeit.train.runfolder import RunFolder, environment
-from vlbeit.train.signals import StopSignal
+from vlbeit.train.opening import Opened, check_same_run, open_run
 from vlbeit.train.tokenizers import all_texts
 from vlbeit.train.visual_tokenizer import Keeping, train_visual_tokenizer
 from vlbeit.types import Stream
@@ -241,17 +234,8 @@ def _train_visual(words: list[str]) -> int:
         TokenizerRunConfig, recipes, words, command="vlbeit tokenizer train-visual"
     )
     _refuse_unused(config)
-    stop = StopSignal().install()
-    world = init_world(config.device, config.runtime.step_timeout)
-    threads = set_threads(config.runtime.threads, world.local_size)
-    use_deterministic_kernels()
-    folder = RunFolder(config.run_dir) if world.main else None
-    try:
-        world.on_main(lambda: folder.acquire() if folder is not None else None)
-        _run(config, world, threads, folder, stop)
-    finally:
-        if folder is not None:
-            folder.release()
+    with open_run(config) as opened:
+        _run(config, opened)
     return 0
 
 
@@ -271,40 +255,15 @@ def _refuse_unused(config: TokenizerRunConfig) -> None:
         raise ConfigError("train-visual: no --data; give prepared folders (`vlbeit prepare`)")
 
 
-def _run(
-    config: TokenizerRunConfig,
-    world: World,
-    threads: int,
-    folder: RunFolder | None,
-    stop: StopSignal,
-) -> None:
-    run_dir = Path(config.run_dir)
-
-    def say(text: str) -> None:
-        if folder is not None:
-            folder.log(text)
-
-    def choose() -> str:
-        remove_leftovers(run_dir, say)
-        newest = load_newest(run_dir, say)
-        return "" if newest is None else str(newest.folder)
-
-    world.on_main(choose)
-    resume = load_newest(run_dir, lambda text: None)
-    if resume is not None:
-        _check_same(config, resume.config, resume.folder)
-        for words in resume.differences(world_size=world.size, threads=threads):
-            say(f"note: {words}")
+def _run(config: TokenizerRunConfig, opened: Opened) -> None:
+    run_dir, world, folder, say = opened.run_dir, opened.world, opened.folder, opened.log
+    resume = opened.checkpoint
+    check_same_run(opened, config, _MAY_CHANGE)
     pictures = open_sources(config.data, "image", "train", images_from_pairs=True)
     step = 0 if resume is None else resume.step
 
     def start() -> None:
-        assert folder is not None
-        folder.truncate_after(step)
-        folder.write_json("config.json", to_dict(config))
-        folder.write_json(
-            "env.json", environment(world_size=world.size, threads=threads, device=world.device)
-        )
+        opened.write_start(step, config)
         say(
             f"visual tokenizer: {config.tokenizer.codes} codes from "
             f"{sum(len(s) for s in pictures)} pictures of {', '.join(s.name for s in pictures)}, "
@@ -335,7 +294,7 @@ def _run(
                 text_tokenizer=_NoText(),
                 visual_tokenizer=None,
                 world_size=world.size,
-                threads=threads,
+                threads=opened.threads,
                 keep=config.log.keep,
                 log=say,
             )
@@ -357,7 +316,7 @@ def _run(
             say(", ".join(f"{name} {_short(value)}" for name, value in values.items()))
 
     def asked() -> bool:
-        flag = torch.tensor([float(stop.requested)], device=world.device)
+        flag = torch.tensor([float(opened.stop.requested)], device=world.device)
         return bool(world.sum_over_ranks(flag) > 0)
 
     train_visual_tokenizer(
@@ -386,16 +345,6 @@ class _NoText:
 
     def save(self, folder: Path) -> None:
         """Nothing to write."""
-
-
-def _check_same(config: TokenizerRunConfig, saved: Mapping[str, Any], folder: Path) -> None:
-    now = to_dict(config)
-    for name, value in now.items():
-        if name not in _MAY_CHANGE and saved.get(name) != value:
-            raise ConfigError(
-                f"{folder}: was trained with {name} = {saved.get(name)}, this command says "
-                f"{value}; use the same settings or another --run-dir"
-            )
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,352 @@
+"""Visual question answering as classification over a list of answers (paper.md 5.1).
+
+Text and picture go through the backbone together; [T_CLS] -> pooler -> two layers. Records: an
+image and json {"questions": [{"question", "answer", "kind"?, "answers"?: [10 strings],
+"question_id"?}]}. One sample is one question. Figures: accuracy over all questions, then by kind,
+beside the most frequent answer of the kind in training (the question alone).
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlbeit.config import FinetuneConfig, VqaConfig, VqaRun
+from vlbeit.data.records import BadSample, Record, RecordSource
+from vlbeit.data.task_stream import Example, Items, Pictures, facts_of, read_field
+from vlbeit.data.transforms import BadText, clean_text
+from vlbeit.draws import Draws
+from vlbeit.errors import ConfigError, InputError
+from vlbeit.nn.model import VLBeit
+from vlbeit.nn.weights import initialise
+from vlbeit.tasks import Figure
+from vlbeit.tasks import Path as Way
+from vlbeit.tasks.vqa_accuracy import PEOPLE
+from vlbeit.tasks.vqa_accuracy import vqa_accuracy as official_accuracy
+from vlbeit.types import Score, TaskBatch
+
+SOFT = (0.0, 0.3, 0.6, 0.9, 1.0)
+"""Target of an answer that 0, 1, 2, 3, 4 or more of the annotators gave (VLMo's write_vqa.py)."""
+
+
+class AnswerHead(nn.Module):
+    """(B, D), the final vector of [T_CLS], to (B, answers) logits: VLMo's pooler and classifier."""
+
+    def __init__(self, width: int, answers: int, norm_eps: float) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.norm = nn.LayerNorm(2 * width, eps=norm_eps)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(2 * width, answers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = torch.tanh(self.pooler(x))
+        out: Tensor = self.fc2(self.act(self.norm(self.fc1(pooled))))
+        return out
+
+
+def normalise(answer: str) -> str:
+    """An answer as it stands in the list and in the targets: cleaned, lower case.
+
+    The official evaluation also takes punctuation and articles out; that is not done here.
+    """
+    return clean_text(answer).lower()
+
+
+def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
+    """{"answers": the list, "prior": {kind: answer}, "most_frequent": answer}.
+
+    Raises:
+        InputError: no list, an empty one, or one that no training question is answered by.
+    """
+    assert isinstance(config, VqaRun)
+    main: Counter[str] = Counter()
+    by_kind: dict[str, Counter[str]] = {}
+    for source in sources:
+        for _, _, question in questions_of(source):
+            try:
+                answer = main_answer(question)
+            except BadText:
+                continue
+            main[answer] += 1
+            by_kind.setdefault(kind_of(question), Counter())[answer] += 1
+    answers = answer_list(config, main)
+    if not any(answer in main for answer in answers):
+        raise InputError(
+            f"none of the {len(answers)} answers in the list answers a question of "
+            f"{', '.join(s.name for s in sources)}: another list (vqa.answers) or lower "
+            f"vqa.min_count (now {config.vqa.min_count})"
+        )
+    return {
+        "answers": answers,
+        "prior": {kind: most_frequent(counts) for kind, counts in sorted(by_kind.items())},
+        "most_frequent": most_frequent(main),
+    }
+
+
+def answer_list(config: VqaRun, main: Counter[str]) -> list[str]:
+    """The answers in the order of the classes: from a file, from dataset.json, else by frequency.
+
+    Args:
+        main: how many training questions have each main answer.
+    """
+    if config.vqa.answers:
+        return read_answers(Path(config.vqa.answers))
+    listed = facts_of(config.data, "answers")
+    if listed:
+        return list(dict.fromkeys(normalise(answer) for answer in listed))
+    found = [a for a, count in main.items() if count >= config.vqa.min_count]
+    if not found:
+        raise InputError(
+            f"no answer is the main one of {config.vqa.min_count} questions or more "
+            f"(vqa.min_count) in {', '.join(config.data)}; lower it or give a list (vqa.answers)"
+        )
+    return sorted(found, key=lambda answer: (-main[answer], answer))
+
+
+def read_answers(path: Path) -> list[str]:
+    """A JSON list of strings, or one answer a line.
+
+    Raises:
+        InputError: missing, empty, or an answer twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
+        answers = [normalise(str(answer)) for answer in found if str(answer).strip()]
+    except (OSError, ValueError, BadText) as error:
+        raise InputError(f"vqa.answers {path}: cannot be read as answers ({error})") from None
+    twice = [answer for answer, count in Counter(answers).items() if count > 1]
+    if twice or not answers:
+        what = f"{twice[0]!r} stands there twice" if twice else "it is empty"
+        raise InputError(f"vqa.answers {path}: {what}; one answer a line or a JSON list")
+    return answers
+
+
+def questions_of(source: RecordSource) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(record, number, question) of every readable record; pictures are not read."""
+    for index in range(len(source)):
+        try:
+            record = source.read(index, only=("json",))
+            for number in range(len(read_field(record, "questions", list))):
+                yield index, number, question_at(record, number)
+        except BadSample:
+            continue  # named and counted when the loader meets it
+
+
+def question_at(record: Record, number: int) -> dict[str, Any]:
+    """One question of a record.
+
+    Raises:
+        BadSample: bad_json.
+    """
+    questions = read_field(record, "questions", list)
+    found = questions[number] if number < len(questions) else None
+    if isinstance(found, dict):
+        given = found.get("answers", [])
+        if (
+            isinstance(found.get("question"), str)
+            and isinstance(found.get("answer"), str)
+            and isinstance(given, list)
+            and all(isinstance(answer, str) for answer in given)
+        ):
+            return found
+    detail = f'question {number + 1} has no "question" and "answer": {found!r}'[:200]
+    raise BadSample(record.shard, f"{record.key}.json", "bad_json", detail)
+
+
+def main_answer(question: Mapping[str, Any]) -> str:
+    """Raises BadText when it is empty."""
+    return normalise(question["answer"])
+
+
+def kind_of(question: Mapping[str, Any]) -> str:
+    """The kind that the data names, else the question's first two words."""
+    kind = question.get("kind")
+    return str(kind) if kind else " ".join(str(question["question"]).lower().split()[:2])
+
+
+def most_frequent(counts: Counter[str]) -> str:
+    """Of equals the first by the alphabet; empty when nothing was counted."""
+    return min(counts, key=lambda answer: (-counts[answer], answer), default="")
+
+
+def vqa_accuracy(prediction: str, given: Sequence[str]) -> float:
+    """How right an answer is beside those that were given.
+
+    Ten given answers (VQA v2): the official evaluation, its normalisation included. One: 1 when it
+    is the same. Another number: the official mean over all ways to leave one annotator out of
+    min(1, matches / 3), without normalisation.
+    """
+    if len(given) == PEOPLE:
+        return official_accuracy(prediction, given)
+    if len(given) == 1:
+        return float(prediction == given[0])
+    matches = sum(answer == prediction for answer in given)
+    left_out_match = min(1.0, max(matches - 1, 0) / 3)
+    left_out_other = min(1.0, matches / 3)
+    return (matches * left_out_match + (len(given) - matches) * left_out_other) / len(given)
+
+
+def build(config: FinetuneConfig, facts: dict[str, Any]) -> "Vqa":
+    """Raises ConfigError for settings out of range."""
+    assert isinstance(config, VqaRun)
+    if config.vqa.min_count < 1:
+        raise ConfigError(f"vqa.min_count must be at least 1, found {config.vqa.min_count}")
+    return Vqa(config.vqa, facts)
+
+
+class Vqa:
+    """The task; holds no tensor."""
+
+    stream = "task:vqa"
+    weights: Mapping[str, float] = {"vqa": 1.0}
+    paths: tuple[Way, ...] = ("pair",)
+
+    def __init__(self, settings: VqaConfig, facts: dict[str, Any]) -> None:
+        self.settings = settings
+        self.facts = facts
+        self.answers: list[str] = facts["answers"]
+        self._places = {answer: place for place, answer in enumerate(self.answers)}
+
+    # ---- data
+
+    def items(self, source: RecordSource, training: bool) -> Items:
+        """Every question; in training those with a listed answer only (VLMo)."""
+
+        def rows() -> Iterator[tuple[int, int, int]]:
+            for index in range(len(source)):
+                try:
+                    record = source.read(index, only=("json",))
+                    count = len(read_field(record, "questions", list))
+                    found = [question_at(record, number) for number in range(count)]
+                except BadSample:
+                    yield index, 0, 0
+                    continue
+                for number, question in enumerate(found):
+                    if not training or self._target(question).any():
+                        yield index, number, len(question["question"])
+
+        return Items.of(rows())
+
+    def _target(self, question: Mapping[str, Any]) -> np.ndarray:
+        """(answers,) float32 in [0, 1]."""
+        target = np.zeros(len(self.answers), dtype=np.float32)
+        for answer, count in Counter(given_answers(question)).items():
+            if answer in self._places:
+                soft = SOFT[min(count, len(SOFT) - 1)] if question.get("answers") else 1.0
+                target[self._places[answer]] = soft
+        return target
+
+    def example(
+        self, source: RecordSource, record: int, number: int, pictures: Pictures, draws: Draws
+    ) -> Example:
+        """Target: `answers` (answers,) float32."""
+        found = source.read(record)
+        question = question_at(found, number)
+        pixels = pictures.pixels(found.image(), draws)
+        return Example(
+            pixels=pixels[None],
+            text=question["question"],
+            targets={"answers": self._target(question)},
+        )
+
+    def about(self, record: Record, number: int) -> dict[str, Any]:
+        question = question_at(record, number)
+        return {
+            "question": question["question"],
+            "question_id": question.get("question_id"),
+            "kind": kind_of(question),
+            "given": given_answers(question),
+            "answers": question.get("answers"),  # as stored: the official rule wants them so
+        }
+
+    # ---- model
+
+    def head(self, model: VLBeit, seed: int) -> AnswerHead:
+        head = AnswerHead(model.config.width, len(self.answers), model.config.norm_eps)
+        initialise(head, seed, model.config.init_std)
+        return head
+
+    def frozen(self, name: str) -> bool:
+        return False
+
+    def count(self, batch: TaskBatch) -> dict[str, int]:
+        return {"vqa": len(batch)}
+
+    def logits(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> Tensor:
+        """(B, answers) float32, from [T_CLS], the first token of [text ; image]."""
+        if batch.words is None:
+            raise ValueError("a vqa batch without words")
+        states = model.embed_pair(
+            batch.words, batch.word_valid, batch.image(), depth_draws=batch.draws()
+        )
+        wanted = torch.zeros(states.x.shape[:2], dtype=torch.bool, device=states.x.device)
+        wanted[:, 0] = True
+        logits: Tensor = head(model.backbone.rows(states, wanted))
+        return logits.float()
+
+    def score(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> dict[str, Score]:
+        """Binary cross-entropy, summed over the answers (VLMo: mean times their number);
+        `correct` adds the soft score of the answer that is said."""
+        logits = self.logits(model, head, batch)
+        target = batch.targets["answers"]
+        said = logits.detach().argmax(dim=-1, keepdim=True)
+        return {
+            "vqa": Score(
+                loss_sum=F.binary_cross_entropy_with_logits(logits, target, reduction="sum"),
+                count=torch.tensor(len(batch), device=logits.device),
+                correct=target.gather(1, said).sum(),
+            )
+        }
+
+    def predict(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> list[dict[str, Any]]:
+        """Rows {"answer", "probability": the sigmoid of its logit}."""
+        best = self.logits(model, head, batch).sigmoid().max(dim=-1)
+        return [
+            {"answer": self.answers[place], "probability": share}
+            for place, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+        """accuracy, then accuracy of each kind."""
+        right = np.array([vqa_accuracy(row["answer"], row["given"]) for row in rows])
+        guess = np.array([vqa_accuracy(self.guess(row["kind"]), row["given"]) for row in rows])
+        kinds = np.array([row["kind"] for row in rows])
+        found = {"accuracy": Figure.share(right.tolist(), guess.tolist())}
+        names, counts = np.unique(kinds, return_counts=True)
+        if len(names) > KINDS_SHOWN:  # first words of free questions: the most frequent ones
+            names = names[np.argsort(-counts, kind="stable")[:KINDS_SHOWN]]
+        for kind in names:
+            here = (kinds == kind).astype(np.float64)
+            found[f"accuracy/{kind}"] = Figure(
+                numerator=right * here, denominator=here, baseline=(guess * here, here)
+            )
+        return found
+
+    def guess(self, kind: str) -> str:
+        """The answer to a question whose picture is not looked at."""
+        found: str = self.facts["prior"].get(kind, self.facts["most_frequent"])
+        return found
+
+
+KINDS_SHOWN = 12
+"""Kinds that get a figure of their own."""
+
+
+def given_answers(question: Mapping[str, Any]) -> list[str]:
+    """All annotators' answers, normalised; where there are none, the one answer."""
+    found = []
+    for answer in question.get("answers") or [question["answer"]]:
+        try:
+            found.append(normalise(answer))
+        except BadText:
+            found.append("")  # an annotator who said nothing still counts as one
+    return found

@@ -1,0 +1,103 @@
+"""VQA accuracy as the official evaluation counts it (GT-Vision-Lab/VQA, vqaEval.py).
+
+Ten people answered each question. A prediction is held against nine of them at a time: it scores
+min(1, how many of the nine say the same / 3), and the mean over the ten ways to leave one out is
+its accuracy. So 0, 1, 2, 3 and 4 or more equal answers give 0, 0.3, 0.6, 0.9 and 1.
+
+Three things in which the tool is stranger than its description, kept because the figure must be
+comparable:
+  - Both sides are normalised only if the ten answers are not all the same string. Where everybody
+    said "2", "two" is wrong, and so is "Yes" where everybody said "yes".
+  - Being the same string is asked after line breaks and tabs became blanks and the ends were
+    stripped, which happens always, but before anything else.
+  - Of two equal answers only one is left out at a time: the tool compares whole records, which
+    differ in their number.
+The tool rounds percentages to two digits; nothing is rounded here. Releases of the tool before
+2017 normalised less of the people's answers; this is the later one, which the challenge used.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vlbeit.data.vqa_answers import normalise_answer
+
+PEOPLE = 10
+"""Answers to a question of VQA v2."""
+
+
+def single_spaced_ends(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """The accuracy of one prediction, in [0, 1].
+
+    Raises:
+        ValueError: there are not ten answers; with fewer the rule cannot reach 1.
+    """
+    if len(answers) != PEOPLE:
+        raise ValueError(f"{len(answers)} answers; the official accuracy needs {PEOPLE}")
+    said = single_spaced_ends(prediction)
+    given = [single_spaced_ends(answer) for answer in answers]
+    if len(set(given)) > 1:
+        said = normalise_answer(said)
+        given = [normalise_answer(answer) for answer in given]
+    same = given.count(said)
+    # The same others remain when one of those who disagree is left out, one less otherwise.
+    tenths = (PEOPLE - same) * min(3, same) + same * min(3, max(same - 1, 0))
+    return tenths / (3 * PEOPLE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredQuestion:
+    """A prediction with what is known of its question."""
+
+    prediction: str
+    answers: tuple[str, ...]
+    answer_type: str
+    """"yes/no", "number" or "other"."""
+    question_type: str
+    """The question's first words, as the annotations give them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    value: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class VqaTable:
+    """Mean accuracies in [0, 1]; a question counts once in each of the three."""
+
+    overall: Mean
+    answer_types: dict[str, Mean]
+    question_types: dict[str, Mean]
+
+
+def vqa_table(questions: Iterable[AnsweredQuestion]) -> VqaTable:
+    """The table of a set of questions; their order changes nothing, not even the last bit.
+
+    Raises:
+        ValueError: no question, or one without ten answers.
+    """
+    overall: list[float] = []
+    by_answer, by_question = defaultdict(list), defaultdict(list)
+    for question in questions:
+        accuracy = vqa_accuracy(question.prediction, question.answers)
+        overall.append(accuracy)
+        by_answer[question.answer_type].append(accuracy)
+        by_question[question.question_type].append(accuracy)
+    if not overall:
+        raise ValueError("accuracy of no question at all")
+    return VqaTable(
+        overall=mean(overall),
+        answer_types={name: mean(values) for name, values in sorted(by_answer.items())},
+        question_types={name: mean(values) for name, values in sorted(by_question.items())},
+    )
+
+
+def mean(values: list[float]) -> Mean:
+    return Mean(value=math.fsum(values) / len(values), count=len(values))

@@ -1,0 +1,397 @@
+"""How every run begins, goes on, saves and ends: the run folder, the lock, the resume.
+
+Pretraining, fine-tuning and the training of a visual tokenizer open their run here; the first two
+also learn here (`learn`). What differs between them comes as arguments.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from vlbeit.checkpoint import (
+    Checkpoint,
+    Tokenizer,
+    check_space,
+    list_checkpoints,
+    load_newest,
+    open_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from vlbeit.config import FinetuneConfig, PretrainConfig, RuntimeConfig, to_dict
+from vlbeit.data.loader import SkipBudget, StepLoader
+from vlbeit.data.records import RecordSource
+from vlbeit.errors import ConfigError, InputError
+from vlbeit.nn.model import VLBeit
+from vlbeit.train.distributed import World, init_world, set_threads, use_deterministic_kernels
+from vlbeit.train.loop import Learning, MicroBatch, Progress, Run, train
+from vlbeit.train.optim import load_optimizer_tensors, optimizer_tensors
+from vlbeit.train.runfolder import RunFolder, environment
+from vlbeit.train.signals import StopSignal
+
+B = TypeVar("B", bound=MicroBatch)
+
+MAY_CHANGE = (
+    "run_dir",
+    "data",
+    "max_steps",
+    "save_every",
+    "device",
+    "log",
+    "runtime",
+    "batch.micro",
+    "input.workers",
+    "input.loader_timeout",
+    "input.skip_budget",
+)
+"""Settings that a resumed run may have otherwise: none of them changes what is learned from what,
+except by rounding. The sources of the data must keep their names and numbers of records."""
+
+
+class RunConfig(Protocol):
+    """What every run's config has."""
+
+    @property
+    def run_dir(self) -> str: ...
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
+    @property
+    def runtime(self) -> RuntimeConfig: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A run folder that this process (rank 0) holds, and where the run stands in it."""
+
+    run_dir: Path
+    world: World
+    threads: int
+    folder: RunFolder | None
+    """At rank 0 only."""
+    stop: StopSignal
+    checkpoint: Checkpoint | None
+    """The newest good one: the run goes on from it. None: it begins."""
+
+    def log(self, text: str) -> None:
+        """One line to terminal and log.txt, from rank 0."""
+        if self.folder is not None:
+            self.folder.log(text)
+
+    def write_start(self, step: int, config: Any) -> None:
+        """At rank 0, once everything is loaded: cut the rows after `step`, note what runs where.
+
+        A run killed before its first checkpoint starts over, its step-0 rows included.
+        """
+        assert self.folder is not None
+        self.folder.truncate_after(step if self.checkpoint is not None else -1)
+        self.folder.write_json("config.json", to_dict(config))
+        self.folder.write_json(
+            "env.json",
+            environment(world_size=self.world.size, threads=self.threads, device=self.world.device),
+        )
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig) -> Iterator[Opened]:
+    """Signals, ranks, threads, the lock of the run folder, and the checkpoint to go on from.
+
+    Raises:
+        SaveError: another process holds the folder.
+        InputError: there are checkpoints, and none of them is good.
+    """
+    stop = StopSignal().install()
+    world = init_world(config.device, config.runtime.step_timeout)
+    threads = set_threads(config.runtime.threads, world.local_size)
+    use_deterministic_kernels()
+    run_dir = Path(config.run_dir)
+    folder = RunFolder(run_dir) if world.main else None
+    log: Callable[[str], None] = folder.log if folder is not None else (lambda text: None)
+
+    def choose() -> str:
+        remove_leftovers(run_dir, log)
+        newest = load_newest(run_dir, log)
+        return "" if newest is None else str(newest.folder)
+
+    try:
+        world.on_main(lambda: folder.acquire() if folder is not None else None)
+        chosen = world.on_main(choose)
+        checkpoint = open_checkpoint(Path(chosen)) if chosen else None
+        yield Opened(
+            run_dir=run_dir,
+            world=world,
+            threads=threads,
+            folder=folder,
+            stop=stop,
+            checkpoint=checkpoint,
+        )
+    finally:
+        if folder is not None:
+            folder.release()
+
+
+def check_same_run(opened: Opened, config: Any, may_change: Sequence[str] = MAY_CHANGE) -> None:
+    """Compare the config with that of the run to be resumed; note what changes only rounding.
+
+    Raises:
+        ConfigError: with every setting that differs.
+    """
+    checkpoint = opened.checkpoint
+    if checkpoint is None:
+        return
+    now, then = flat(to_dict(config)), flat(checkpoint.config)
+    differ = [
+        f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted({*now, *then})
+        if now.get(name) != then.get(name)
+        and not any(name == free or name.startswith(free + ".") for free in may_change)
+    ]
+    if differ:
+        raise ConfigError(
+            f"{checkpoint.folder} belongs to a run with other settings: {'; '.join(differ)}. "
+            "Give the same settings, or another --run-dir"
+        )
+    for words in checkpoint.differences(world_size=opened.world.size, threads=opened.threads):
+        opened.log(f"note: {words}")
+
+
+def check_same_data(checkpoint: Checkpoint, now: Mapping[str, Mapping[str, int]]) -> None:
+    """Raise InputError when a source has other samples than when the checkpoint was written."""
+    then: dict[str, dict[str, int]] = checkpoint.state["sources"]
+    if then != now:
+        raise InputError(
+            f"{checkpoint.folder} was trained on {then} (records by stream and source), --data now "
+            f"has {now}: give the same data, or another --run-dir"
+        )
+
+
+def source_facts(
+    sources: Mapping[str, Sequence[RecordSource]],
+) -> dict[str, dict[str, int]]:
+    """Records by stream and source: what a resume must find again."""
+    return {stream: {s.name: len(s) for s in group} for stream, group in sources.items()}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim.lr": 0.002, ...}"""
+    leaves: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves.update(flat(value, f"{prefix}{name}."))
+        else:
+            leaves[prefix + name] = value
+    return leaves
+
+
+class RunningMean:
+    """An exponential running mean of a model's trained weights (EMA)."""
+
+    def __init__(self, model: VLBeit, decay: float) -> None:
+        self.model, self.decay = model, decay
+        self.mean = {
+            name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
+        }
+
+    def update(self) -> None:
+        """mean = decay * mean + (1 - decay) * weights."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    self.mean[name].lerp_(parameter, 1 - self.decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the mean inside the block, and its own weights again after it."""
+        own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        try:
+            self._fill(self.mean)
+            yield
+        finally:
+            self._fill(own)
+
+    def _fill(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
+
+
+TRAINED = "trained/"
+"""In optimizer.safetensors of a run with a running mean: the weights that training goes on from.
+model.safetensors then holds the mean, because it is what everybody else should use."""
+
+
+def learn(
+    opened: Opened,
+    config: PretrainConfig | FinetuneConfig,
+    *,
+    model: VLBeit,
+    optimizer: torch.optim.Optimizer,
+    learning: Learning[B],
+    loader: StepLoader[B],
+    sources: Mapping[str, Mapping[str, int]],
+    preprocessor: Mapping[str, Any],
+    text: Tokenizer,
+    visual: Tokenizer | None,
+    evaluate: Callable[[], Mapping[str, Any]],
+    summary: str,
+    matrix_limit: float,
+    first_skips: Sequence[Mapping[str, Any]] = (),
+    files: Mapping[str, Mapping[str, Any]] = {},
+    mean: RunningMean | None = None,
+) -> Path:
+    """Train from the beginning, or from the checkpoint in `opened`; returns the run folder.
+
+    Args:
+        model, optimizer: fresh or as they start; a resume overwrites them from the checkpoint.
+        sources: samples by stream and source (`source_facts`).
+        evaluate: held-out scores of the model as it is, the columns of a row of eval.jsonl;
+            empty: nothing held out.
+        summary: the line that says what is trained on what.
+        first_skips: rows of skips.jsonl from before the first step.
+        files: more JSON files for every checkpoint, by name.
+        mean: the running mean of the weights, if the run keeps one.
+    """
+    world, folder, checkpoint = opened.world, opened.folder, opened.checkpoint
+    progress = Progress(step=0, cursors=loader.start_cursors())
+    budget = SkipBudget(config.input.skip_budget)
+    if checkpoint is not None:
+        moments = checkpoint.optimizer_tensors()
+        kept = {k.removeprefix(TRAINED): moments.pop(k) for k in [*moments] if TRAINED in k}
+        model.load_tensors(checkpoint.model_tensors(), str(checkpoint.folder))
+        if mean is not None:
+            for name in mean.mean:
+                mean.mean[name].copy_(model.get_parameter(name))
+                with torch.no_grad():
+                    model.get_parameter(name).copy_(kept[name])
+        load_optimizer_tensors(optimizer, moments)
+        progress = Progress(
+            step=checkpoint.step,
+            cursors=checkpoint.state["cursors"],
+            nonfinite_in_row=checkpoint.state["nonfinite_in_row"],
+            nonfinite=checkpoint.state["nonfinite"],
+        )
+        budget = SkipBudget(config.input.skip_budget, checkpoint.state["budget"])
+
+    def start() -> None:
+        assert folder is not None
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        if checkpoint is None:
+            check_space(opened.run_dir, 3 * parameters)  # weights and two moments
+        opened.write_start(progress.step, config)
+        if checkpoint is None:
+            for row in first_skips:
+                folder.skips.append({"step": 0, **row})
+        opened.log(summary)
+        if checkpoint is not None:
+            opened.log(f"going on from {checkpoint.folder} (step {checkpoint.step})")
+
+    world.on_main(start)
+    averaged = contextlib.nullcontext if mean is None else mean.in_place
+
+    def save() -> None:
+        def write() -> None:
+            assert folder is not None
+            folder.sync()
+            began = time.perf_counter()
+            moments = optimizer_tensors(optimizer)
+            if mean is not None:
+                moments |= {
+                    TRAINED + name: model.get_parameter(name).detach().clone() for name in mean.mean
+                }
+            with averaged():
+                place = save_checkpoint(
+                    opened.run_dir,
+                    progress.step,
+                    model_tensors=model.state_dict(),
+                    optimizer_tensors=moments,
+                    state={
+                        "cursors": progress.cursors,
+                        "nonfinite_in_row": progress.nonfinite_in_row,
+                        "nonfinite": progress.nonfinite,
+                        "budget": budget.state(),
+                        "sources": sources,
+                        "seed": config.seed,
+                    },
+                    config=to_dict(config),
+                    preprocessor=preprocessor,
+                    text_tokenizer=text,
+                    visual_tokenizer=visual,
+                    world_size=world.size,
+                    threads=opened.threads,
+                    keep=config.log.keep,
+                    log=opened.log,
+                    files=files,
+                )
+            opened.log(f"saved {place} in {time.perf_counter() - began:.1f} s")
+
+        world.on_main(write)
+
+    def evaluate_at(step: int) -> None:
+        # Every rank could take a share; at these sizes rank 0 alone is quick enough.
+        def measure() -> None:
+            assert folder is not None
+            with averaged():
+                found = evaluate()
+            if found:
+                folder.evals.append({"step": step, **found})
+                folder.log(held_out_line(step, found))
+
+        world.on_main(measure)
+
+    if progress.step >= config.max_steps:
+        opened.log(f"step {progress.step} of {config.max_steps} is already done: nothing to do")
+        return opened.run_dir
+    if checkpoint is None and config.log.eval_every:
+        evaluate_at(0)
+    with loader:
+        train(
+            Run(
+                config=config,
+                world=world,
+                model=model,
+                optimizer=optimizer,
+                learning=learning,
+                loader=loader,
+                budget=budget,
+                progress=progress,
+                folder=folder,
+                stop=opened.stop,
+                matrix_limit=matrix_limit,
+                save=save,
+                evaluate=evaluate_at,
+                updated=(lambda: None) if mean is None else mean.update,
+            )
+        )
+    world.on_main(
+        lambda: opened.log(
+            f"done: {progress.step} steps, {budget.skipped} samples skipped, {progress.nonfinite} "
+            f"steps not finite. Newest checkpoint: {list_checkpoints(opened.run_dir)[-1][1]}"
+        )
+    )
+    world.close()
+    return opened.run_dir
+
+
+def held_out_line(step: int, found: Mapping[str, Any]) -> str:
+    """What a person reads of an evaluation."""
+    words = [
+        f"{k} {s['loss']:.3f} ({100 * s['accuracy']:.1f} %)" for k, s in found["objectives"].items()
+    ]
+    words += [f"{name} {value:.4f}" for name, value in found.get("figures", {}).items()]
+    return " | ".join([f"step {step:>7}", "held out", *words])
+
+
+def wait_for(ready: Callable[[], bool], what: str, hours: float = 24.0) -> None:
+    """Poll until rank 0 has done something longer than a collective may take."""
+    deadline = time.monotonic() + hours * 3600
+    while not ready():
+        if time.monotonic() > deadline:
+            raise InputError(f"rank {os.environ.get('RANK', '0')} waited {hours} h for {what}")
+        time.sleep(0.2)
