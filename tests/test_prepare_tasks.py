@@ -814,6 +814,7 @@ def test_the_official_sample_of_nlvr2_is_parsed_row_by_row(shared_data, tmp_path
         assert got[row["identifier"]]["truth"] is (row["label"] == "True")
 
 
+@pytest.mark.slow
 def test_camvid_and_entailment_come_out_as_their_readmes_count_them(shared_data, tmp_path):
     camvid = shared_data / "camvid"
     words = ("--classes", camvid / "classes.json", "--out", tmp_path / "c")
