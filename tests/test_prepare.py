@@ -17,94 +17,30 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from prepare_files import (
+    books,
+    by_image,
+    drawn,
+    facts,
+    fields,
+    prepare,
+    put,
+    put_rows,
+    put_tar,
+    records,
+    skips,
+)
 from vlbeit.data.dataset import Dataset, open_sources
-from vlbeit.data.prepare import main
 from vlbeit.data.prepare.cli import parser
 from vlbeit.data.prepare.folder import record_key
 from vlbeit.data.prepare.overlap import ALIKE, thumbnail
 from vlbeit.data.prepare.plan import split_by_content
 from vlbeit.data.prepare.rows import Bad, json_list
 from vlbeit.data.prepare.text import MEMBER, PIECE, read_documents
-from vlbeit.data.records import Record
 from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError, DataBudgetError, InputError
-
-
-def drawn(number: int, kind: str = "PNG", size: tuple[int, int] = (24, 16)) -> bytes:
-    """A picture with something in it; numbers give different ones."""
-    draws = Draws("picture", number)
-    picture = Image.new("RGB", size, tuple(draws.integers(0, 256, 3).tolist()))
-    pen = ImageDraw.Draw(picture)
-    for _ in range(6):
-        x, y = draws.integer(0, size[0]), draws.integer(0, size[1])
-        pen.rectangle(
-            (x, y, x + size[0] // 3, y + size[1] // 3),
-            fill=tuple(draws.integers(0, 256, 3).tolist()),
-        )
-    file = io.BytesIO()
-    picture.save(file, kind)
-    return file.getvalue()
-
-
-def put(path: Path, data: bytes | str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def put_rows(path: Path, rows: list[Any]) -> Path:
-    return put(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def put_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
-def prepare(*words: object) -> int:
-    return main([str(word) for word in words])
-
-
-def records(folder: Path, stream: str, split: str) -> list[Record]:
-    sources = open_sources([folder], stream, split)
-    return [source.read(i) for source in sources for i in range(len(source))]
-
-
-def fields(record: Record) -> dict[str, Any]:
-    return json.loads(record.members["json"])
-
-
-def by_image(folder: Path, stream: str, split: str) -> dict[str, dict[str, Any]]:
-    return {fields(r)["image"]: fields(r) for r in records(folder, stream, split)}
-
-
-def skips(folder: Path) -> Counter[str]:
-    path = folder / "skips.jsonl"
-    rows = path.read_text().splitlines() if path.exists() else []
-    return Counter(json.loads(row)["reason"] for row in rows)
-
-
-def facts(folder: Path) -> dict[str, Any]:
-    return Dataset.open(folder).facts
-
-
-def books(folder: Path) -> dict[str, Any]:
-    """The report of a folder, after checking that everything seen is accounted for."""
-    report = facts(folder)["prepared"]
-    used = sum(report["records"].values())
-    left = sum(report["skipped"].values()) + report["absent"] + report["dropped"]
-    assert used + left == report["seen"]
-    listed = sum(source.records for source in Dataset.open(folder).sources)
-    assert listed == used
-    return report
-
 
 # Images -----------------------------------------------------------------------------------
 
@@ -122,7 +58,7 @@ def test_a_class_folder_keeps_bytes_and_numbers_its_classes_in_sorted_order(tmp_
     assert (
         fields(found["cat/b.png"])["label"] == 0 and fields(found["dog/deep/a.jpg"])["label"] == 1
     )
-    assert facts(tmp_path / "out")["classes"] == {"0": "cat", "1": "dog"}
+    assert facts(tmp_path / "out")["classes"] == ["cat", "dog"]
     assert any("1 txt" in note for note in facts(tmp_path / "out")["prepared"]["notes"])
 
 
@@ -133,7 +69,7 @@ def test_top_folders_named_after_splits_are_splits_and_not_classes(tmp_path):
     assert prepare("images", tmp_path / "in", "--out", tmp_path / "out") == 0
     counts = {s: len(records(tmp_path / "out", "image", s)) for s in ("train", "val", "test")}
     assert counts == {"train": 3, "val": 2, "test": 1}
-    assert facts(tmp_path / "out")["classes"] == {"0": "c0", "1": "c1"}
+    assert facts(tmp_path / "out")["classes"] == ["c0", "c1"]
 
 
 def hash_of(word: str, number: int) -> int:
@@ -467,11 +403,7 @@ def test_imagenet_labels_are_places_among_the_sorted_wnids(tmp_path):
     assert train[f"{wnids[0]}/{wnids[0]}_0.JPEG"]["class"] == "tench"
     val = by_image(tmp_path / "out", "image", "val")
     assert [val[f"val/ILSVRC2012_val_0000000{n}.JPEG"]["label"] for n in (1, 2, 3)] == [2, 1, 0]
-    assert facts(tmp_path / "out")["classes"] == {
-        "0": "tench",
-        "1": "cassette player",
-        "2": wnids[2],
-    }
+    assert facts(tmp_path / "out")["classes"] == ["tench", "cassette player", wnids[2]]
 
 
 def test_the_three_ways_to_label_imagenets_val_agree_and_the_official_one_needs_its_ids(tmp_path):

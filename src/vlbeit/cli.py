@@ -17,6 +17,8 @@ from vlbeit.errors import ConfigError, LostWorkerError, VLBeitError
 
 PREPARE_NAMES = (
     "scenes", "images", "pairs", "text", "imagenet", "coco", "flickr30k", "vg", "cc3m", "sbu",
+    "vqa", "statements", "retrieval", "classification", "segmentation", "entailment",
+    "vqav2", "nlvr2", "ade20k", "snli-ve",
 )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ half a dataset.
 import json
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from typing import NamedTuple, TypeVar
 
@@ -19,10 +20,12 @@ from PIL import Image
 
 from vlbeit.data.dataset import Dataset, SourceInfo
 from vlbeit.data.prepare.account import Account, Report
+from vlbeit.data.prepare.blind import told
+from vlbeit.data.prepare.class_maps import BadMap, read_class_map
 from vlbeit.data.prepare.folder import Sink, new_folder
 from vlbeit.data.prepare.locate import BadPlace
 from vlbeit.data.prepare.overlap import EvalImages, Print, Seen, fingerprint
-from vlbeit.data.prepare.plan import Item, Options, Overlap, Plan, split_by_content
+from vlbeit.data.prepare.plan import Item, Options, Overlap, Picture, Plan, split_by_content
 from vlbeit.data.prepare.rows import Bad
 from vlbeit.data.transforms import BadImage, decode_image
 from vlbeit.draws import Draws
@@ -71,6 +74,7 @@ def _records(
     for bad in plan.bad:
         account.skip(bad)
     progress = Progress(len(plan.items))
+    unserved: Counter[str] = Counter()
     looks = evaluation.looks_count
     for item, found in ordered_map(
         lambda item: examine(item, options.max_size, looks),
@@ -82,11 +86,15 @@ def _records(
             account.skip(found)
             continue
         report.seen += 1
-        split = item.split or split_by_content(found.print.digest, options.val_fraction)
+        # The least of several: two pictures go together, whichever is the left one.
+        digest = min(print_.digest for print_ in found.prints)
+        split = item.split or split_by_content(digest, options.val_fraction)
+        matches = [m for m in map(evaluation.match, found.prints) if m and split == "train"]
         if split != "train":
-            evaluation.add(found.print, Seen(split, f"{options.name} {split}: {item.name}"))
-        elif match := evaluation.match(found.print):
-            kind, seen = match
+            for print_ in found.prints:
+                evaluation.add(print_, Seen(split, f"{options.name} {split}: {item.name}"))
+        elif matches:
+            kind, seen = matches[0]
             same = Overlap(item.name, item.where, kind, seen.label)
             account.overlap(same, drop=options.drop_overlap)
             if options.drop_overlap:
@@ -94,14 +102,41 @@ def _records(
         fields = {**item.fields, "image": item.name}
         if plan.stream == "pair":
             report.captions += len(item.fields["captions"])
-        members = {
-            found.suffix: found.data,
-            "json": json.dumps(fields, ensure_ascii=False).encode("utf-8", errors="replace"),
-        }
-        sink.add(options.name, plan.stream, split, item.name, members)
+        said = json.dumps(fields, ensure_ascii=False).encode("utf-8", errors="replace")
+        sink.add(options.name, plan.stream, split, item.name, found.members | {"json": said})
+        if plan.summary is not None:
+            plan.summary.add(split, fields, found.pixels)
+        if SERVED_BY.get(plan.serves, "image") not in fields:
+            unserved[split] += 1
     sources = sink.close()
     account.close()
-    return sources
+    if plan.summary is not None:
+        plan.facts |= plan.summary.facts()
+        plan.notes += told(plan.facts)
+    return sources + _serving(plan, sources, unserved)
+
+
+SERVED_BY = {"retrieval": "captions", "classification": "label"}
+"""The entry that every record of a source must have to serve a task."""
+
+
+def _serving(plan: Plan, sources: list[SourceInfo], unserved: Counter[str]) -> list[SourceInfo]:
+    """The same shards once more, as sources of the task that the plan serves. They have names
+    of their own, because two sources of one name would both be renamed when they are read."""
+    found: list[SourceInfo] = []
+    for source in sources:
+        if plan.serves and unserved[source.split]:
+            plan.notes.append(
+                f"no {plan.serves} source for {source.split}: {unserved[source.split]:,} records "
+                f"have no {SERVED_BY[plan.serves]}"
+            )
+        elif plan.serves:
+            name, stream = f"{source.name}-{plan.serves}", f"task:{plan.serves}"
+            found.append(replace(source, name=name, stream=stream))
+            plan.notes.append(
+                f"{name} {stream} {source.split}: the same {source.records:,} records"
+            )
+    return found
 
 
 def in_writing_order(items: list[Item], name: str) -> Iterator[Item]:
@@ -118,11 +153,12 @@ def in_writing_order(items: list[Item], name: str) -> Iterator[Item]:
 
 
 class Examined(NamedTuple):
-    data: bytes
-    suffix: str
-    size: tuple[int, int]
-    """Height and width in pixels, upright, before any shrinking."""
-    print: Print
+    members: dict[str, bytes]
+    """Pictures and maps of the record by extension."""
+    prints: tuple[Print, ...]
+    """Of each picture."""
+    pixels: np.ndarray | None
+    """(256,) int64: how often each value of the class map occurs."""
 
 
 FORMATS = (
@@ -143,31 +179,54 @@ def image_suffix(data: bytes) -> str:
 
 
 def examine(item: Item, max_size: int, looks: bool) -> Examined | Bad:
-    """Opens one image, as training will, and makes it smaller when that is asked for."""
-    try:
-        data = item.place.read()
-        pixels = decode_image(data)
-    except (BadPlace, BadImage) as error:
-        return Bad(item.where, item.name, error.reason, error.detail)
+    """Opens the pictures of a record, as training will, and makes them smaller when that is
+    asked for."""
+    members: dict[str, bytes] = {}
+    prints: list[Print] = []
+    counts = None
+    for picture in item.pictures:
+        try:
+            data = picture.place.read()
+            pixels = decode_image(data)
+            prints.append(fingerprint(data, pixels if looks else None))
+            suffix, stored, size, data = _stored(picture, data, pixels, max_size)
+            members[f"{picture.member}.{suffix}".removeprefix(".")] = data
+            if item.class_map is not None:
+                members["seg.png"], counts = read_class_map(item.class_map, size, stored)
+        except (BadPlace, BadImage, BadMap) as error:
+            which = f"{picture.member}: " if picture.member else ""
+            return Bad(item.where, item.name, error.reason, which + error.detail)
+    return Examined(members, tuple(prints), counts)
+
+
+def _stored(
+    picture: Picture, data: bytes, pixels: np.ndarray, max_size: int
+) -> tuple[str, tuple[int, int], tuple[int, int], bytes]:
+    """Suffix, stored size, size in the file (height and width, upright) and bytes of a picture:
+    as it is, or cut out, or smaller."""
     suffix = image_suffix(data)
-    print_ = fingerprint(data, pixels if looks else None)
-    height, width = pixels.shape[:2]
-    if 0 < max_size < min(height, width):
-        data, suffix = _smaller(pixels, max_size, lossless=suffix in ("png", "gif", "bmp"))
-    return Examined(data, suffix, (height, width), print_)
-
-
-def _smaller(pixels: np.ndarray, side: int, *, lossless: bool) -> tuple[bytes, str]:
-    height, width = pixels.shape[:2]
-    scale = side / min(height, width)
-    size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    picture = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+    size = stored = (pixels.shape[0], pixels.shape[1])
+    image = None
+    if picture.box is not None:
+        left, top, right, bottom = picture.box
+        if not (0 <= left < right <= size[1] and 0 <= top < bottom <= size[0]):
+            detail = f"box {picture.box} does not lie in a picture of {size[1]} x {size[0]} pixels"
+            raise BadImage("bad_box", detail)
+        image = Image.fromarray(pixels[top:bottom, left:right])
+        stored = (bottom - top, right - left)
+    if 0 < max_size < min(stored):
+        scale = max_size / min(stored)
+        stored = (max(max_size, round(stored[0] * scale)), max(max_size, round(stored[1] * scale)))
+        image = image or Image.fromarray(pixels)
+        image = image.resize(stored[::-1], Image.Resampling.BICUBIC)
+    if image is None:
+        return suffix, stored, size, data
     file = BytesIO()
-    if lossless:
-        picture.save(file, "PNG")
-        return file.getvalue(), "png"
-    picture.save(file, "JPEG", quality=90)
-    return file.getvalue(), "jpg"
+    if suffix in ("png", "gif", "bmp"):
+        image.save(file, "PNG")
+        return "png", stored, size, file.getvalue()
+    image.save(file, "JPEG", quality=90)
+    return "jpg", stored, size, file.getvalue()
 
 
 def ordered_map(

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from vlbeit.data.prepare.locate import BadPlace, Pictures
-from vlbeit.data.prepare.plan import Item, Options, Plan
+from vlbeit.data.prepare.plan import Item, Options, Picture, Plan
 from vlbeit.data.prepare.rows import Bad
 from vlbeit.data.transforms import BadText, clean_text
 
@@ -105,7 +105,7 @@ class CaptionTable:
                 )
                 continue
             fields = {**entry.fields, "captions": list(entry.captions)}
-            plan.items.append(Item(entry.split, image.name, entry.where, place, fields))
+            plan.items.append(Item(entry.split, image.name, entry.where, (Picture(place),), fields))
         for reason, count in self.unusable.items():
             plan.notes.append(f"{count:,} captions left out: {reason}")
         if self.repeated:

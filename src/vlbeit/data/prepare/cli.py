@@ -5,8 +5,16 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from vlbeit.data.prepare.arguments import (
+    Parser,
+    add_verb,
+    images_option,
+    root_argument,
+    shard_options,
+)
+from vlbeit.data.prepare.task_verbs import TASK_VERBS, add_task_verbs, plan_task
 from vlbeit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,16 +29,10 @@ examples:
   vlbeit prepare pairs 'shards/{00000..00331}.tar' --out data/web
   vlbeit prepare text wiki.train.txt wiki.val.txt --out data/wiki
   vlbeit prepare coco COCO/ --karpathy dataset_coco.json --out data/coco
+  vlbeit prepare vqa questions.jsonl --images photos/ --out data/questions
 
 Formats, and one row of each: docs/data.md
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong usage is a ConfigError, so that it leaves with the contract's exit code."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,101 +73,66 @@ def parser() -> Parser:
     scenes.add_argument("--seed", type=int, default=0)
     scenes.add_argument("--size", type=int, default=40, help="side of a picture in pixels")
 
-    images = _verb(verbs, "images", "folders, tar archives or JSONL rows of images")
+    images = add_verb(verbs, "images", "folders, tar archives or JSONL rows of images")
     images.add_argument("sources", nargs="*", metavar="SOURCE", help="folder, .tar or .jsonl")
     images.add_argument(
         "--jsonl", "--labels", dest="labels", action="append", default=[], metavar="FILE",
         help='rows {"image", "label", "class", "split", "shard"}; only these images are taken',
     )  # fmt: skip
 
-    pairs = _verb(verbs, "pairs", "JSONL, CSV, TSV or JSON list of captions, or tar shards")
+    pairs = add_verb(verbs, "pairs", "JSONL, CSV, TSV or JSON list of captions, or tar shards")
     pairs.add_argument("sources", nargs="+", metavar="SOURCE", help="table, or pattern of tars")
-    _images_option(pairs)
+    images_option(pairs)
     pairs.add_argument("--image-column", default="image", metavar="NAME")
     pairs.add_argument("--caption-column", default="caption", metavar="NAME")
-    _shard_options(pairs)
+    shard_options(pairs)
 
-    text = _verb(verbs, "text", ".txt or .jsonl files; X.train.txt and X.val.txt are splits of X")
+    text = add_verb(
+        verbs, "text", ".txt or .jsonl files; X.train.txt and X.val.txt are splits of X"
+    )
     text.add_argument("sources", nargs="+", metavar="FILE")
     text.add_argument(
         "--documents", choices=("lines", "paragraphs"), default="lines",
         help="one document a line, or separated by blank lines",
     )  # fmt: skip
 
-    imagenet = _verb(verbs, "imagenet", "ImageNet-1K or -22K as it is handed out")
-    _root(imagenet)
+    imagenet = add_verb(verbs, "imagenet", "ImageNet-1K or -22K as it is handed out")
+    root_argument(imagenet)
     imagenet.add_argument("--val-labels", type=Path, metavar="FILE", help="classes of a flat val/")
     imagenet.add_argument(
         "--synsets", type=Path, metavar="FILE", help="wnid of ILSVRC2012_ID 1, 2, ... a line"
     )
 
-    coco = _verb(verbs, "coco", "COCO captions, official or with Karpathy's split")
-    _root(coco)
+    coco = add_verb(verbs, "coco", "COCO captions, official or with Karpathy's split")
+    root_argument(coco)
     coco.add_argument("--karpathy", type=Path, metavar="FILE", help="dataset_coco.json")
     coco.add_argument("--captions", type=Path, action="append", default=[], metavar="FILE")
-    _images_option(coco)
+    images_option(coco)
 
-    flickr = _verb(verbs, "flickr30k", "Flickr30k with Karpathy's split, or its own captions")
-    _root(flickr)
+    flickr = add_verb(verbs, "flickr30k", "Flickr30k with Karpathy's split, or its own captions")
+    root_argument(flickr)
     flickr.add_argument("--karpathy", type=Path, metavar="FILE", help="dataset_flickr30k.json")
     flickr.add_argument("--captions", type=Path, metavar="FILE", help="results.csv or .token")
-    _images_option(flickr)
+    images_option(flickr)
 
-    vg = _verb(verbs, "vg", "Visual Genome's region descriptions")
-    _root(vg)
+    vg = add_verb(verbs, "vg", "Visual Genome's region descriptions")
+    root_argument(vg)
     vg.add_argument(
         "--karpathy", type=Path, metavar="FILE",
         help="dataset_coco.json: leave out the images that are val or test there",
     )  # fmt: skip
-    _images_option(vg)
+    images_option(vg)
 
     for name, what in (("cc3m", "Conceptual Captions 3M"), ("sbu", "SBU captioned photos")):
-        urls = _verb(verbs, name, f"{what}: its lists and the files you downloaded, or tar shards")
+        urls = add_verb(
+            verbs, name, f"{what}: its lists and the files you downloaded, or tar shards"
+        )
         urls.add_argument("sources", nargs="+", metavar="SOURCE", help="folder, or pattern of tars")
         urls.add_argument("--index", type=Path, metavar="FILE", help="which file is which URL's")
-        _images_option(urls)
-        _shard_options(urls)
+        images_option(urls)
+        shard_options(urls)
+    add_task_verbs(verbs)
     return parser
-
-
-def _verb(
-    verbs: "argparse._SubParsersAction[Parser]", name: str, help_text: str
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(name, help=help_text, description=help_text)
-    add = parser.add_argument
-    add("--out", type=Path, metavar="DIR", help="folder to write; must not exist")
-    add("--check", action="store_true", help="read everything, write nothing, name what is bad")
-    add("--name", help="name of the dataset and of its source (default: that of --out)")
-    add("--split", choices=("train", "val", "test"), default="",
-        help="split of records whose file names none of these three")  # fmt: skip
-    add("--val-fraction", type=float, default=0.0, metavar="X",
-        help="share of records without a split that becomes val, drawn by content")  # fmt: skip
-    add("--per-shard", type=int, default=1000, metavar="N")
-    add("--max-size", type=int, default=0, metavar="N",
-        help="store larger images with a shorter side of N pixels")  # fmt: skip
-    add("--budget", type=float, default=0.01, metavar="X", help="largest share of bad records")
-    add("--workers", type=int, default=1, metavar="N", help="threads that open images")
-    add("--allow-absolute", action="store_true", help="rows may name files anywhere")
-    add("--eval-against", nargs="+", default=[], metavar="DIR",
-        help="dataset folders whose val and test images are looked for in this one")  # fmt: skip
-    add("--drop-overlap", action="store_true", help="leave those out of training")
-    add("--json", action="store_true", help="print the report as JSON")
-    return parser
-
-
-def _root(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", type=Path, metavar="FOLDER", help="as downloaded and unpacked")
-
-
-def _images_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--images", nargs="+", default=[], metavar="PLACE", help="folders or tars of the images"
-    )
-
-
-def _shard_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--val-shards", nargs="+", default=[], metavar="PATTERN")
-    parser.add_argument("--copy", action="store_true", help="write new shards instead of naming")
 
 
 def _options(given: argparse.Namespace) -> "Options":
@@ -238,6 +205,8 @@ def _are_shards(sources: list[str]) -> bool:
 def _plan(given: argparse.Namespace, options: "Options") -> "Plan":
     """What the family of a verb finds in the user's files."""
     images = [Path(place) for place in getattr(given, "images", [])]
+    if given.verb in TASK_VERBS:
+        return plan_task(given, images, options)
     if given.verb == "images":
         from vlbeit.data.prepare.images import plan_images
 

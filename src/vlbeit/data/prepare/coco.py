@@ -7,6 +7,7 @@ split; its train and restval are training, as in VLMo (paper.md section 4).
 from pathlib import Path
 from typing import Any
 
+from vlbeit.data.prepare.blind import CaptionSummary
 from vlbeit.data.prepare.captions import CaptionTable, ImageId
 from vlbeit.data.prepare.locate import Pictures
 from vlbeit.data.prepare.plan import Options, Plan, require
@@ -36,7 +37,7 @@ def plan_coco(
     require(root, "COCO's folder (annotations/, train2014/, ...)")
     places = images or [root, *(root / f for f in COCO_FOLDERS if (root / f).is_dir())]
     pictures = Pictures(places, allow_absolute=options.allow_absolute)
-    plan = Plan("pair")
+    plan = Plan("pair", serves="retrieval", summary=CaptionSummary())
     table = CaptionTable(plan, options)
     if karpathy is None and not captions:
         karpathy = _first(root, "dataset_coco.json")
@@ -137,7 +138,7 @@ def plan_flickr30k(
     """
     require(root, "Flickr30k's folder (flickr30k-images/, dataset_flickr30k.json)")
     places = images or [*(root / f for f in FLICKR_FOLDERS if (root / f).is_dir()), root]
-    plan = Plan("pair")
+    plan = Plan("pair", serves="retrieval", summary=CaptionSummary())
     table = CaptionTable(plan, options)
     if captions is None:
         karpathy = karpathy or _first(root, "dataset_flickr30k.json")

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from vlbeit.data.prepare.blind import LabelSummary
 from vlbeit.data.prepare.locate import Member, is_image_name, walk_archive, walk_images
-from vlbeit.data.prepare.plan import Item, Options, Plan, require
+from vlbeit.data.prepare.plan import Item, Options, Picture, Plan, require
 from vlbeit.data.prepare.rows import Bad, lines
 from vlbeit.errors import ConfigError, InputError
 
@@ -31,13 +32,14 @@ def plan_imagenet(
             wnid of id 1, 2, ... a line (they are in the development kit's meta.mat).
     """
     require(root, "ImageNet's folder (train/n01440764/..., val/...)")
-    plan = Plan("image")
+    plan = Plan("image", serves="classification")
+    plan.summary = LabelSummary("classification", "label")
     train = root / "train" if (root / "train").is_dir() else root
     classes = sorted({path.stem for path in train.iterdir() if WNID.fullmatch(path.stem)})
     if not classes:
         raise InputError(f"{train}: no folder or archive named like n01440764; is it ImageNet's?")
     fields = _fields(root, classes)
-    plan.facts["classes"] = {f["label"]: f["class"] for f in fields.values()}
+    plan.facts["classes"] = [f["class"] for f in fields.values()]
     plan.facts["wnids"] = classes
     for wnid in classes:
         default = "train" if train != root else None
@@ -66,9 +68,8 @@ def _add(
     options: Options,
 ) -> None:
     where = member.place.path
-    plan.items.append(
-        Item(plan.split_of(split, where, name, options) or "", name, where, member.place, fields)
-    )
+    found = plan.split_of(split, where, name, options) or ""
+    plan.items.append(Item(found, name, where, (Picture(member.place),), fields))
 
 
 def _fields(root: Path, classes: list[str]) -> dict[str, dict[str, Any]]:

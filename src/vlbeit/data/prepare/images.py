@@ -1,6 +1,6 @@
 """Images without captions: folders, tar archives, and JSONL rows that name images and labels."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,26 @@ from vlbeit.data.prepare.locate import (
     walk_archive,
     walk_images,
 )
-from vlbeit.data.prepare.plan import SPLITS, Item, Options, Plan, require, split_of_file
+from vlbeit.data.prepare.plan import SPLITS, Item, Options, Picture, Plan, require, split_of_file
 from vlbeit.data.prepare.rows import Bad, json_lines
 from vlbeit.errors import InputError
 
 
-def plan_images(sources: Sequence[str], labels: Sequence[str], options: Options) -> Plan:
+def plan_images(
+    sources: Sequence[str],
+    labels: Sequence[str],
+    options: Options,
+    *,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> Plan:
     """Images of folders and tar archives, or those that JSONL rows name in them.
 
     Args:
         sources: folders, archives and JSONL files.
         labels: further JSONL files; with rows from either, only the images they name are taken,
             from the folders and archives or, without any, from beside the file.
+        image_column, label_column: names of these columns.
 
     A folder whose top folders are train, val or test gives the splits; folders below that hold
     all images give the classes.
@@ -37,9 +45,10 @@ def plan_images(sources: Sequence[str], labels: Sequence[str], options: Options)
     if tables:
         classes: dict[int, str] = {}
         for table in tables:
-            _rows(plan, table, places or [table.parent], classes, options)
+            columns = (image_column, label_column)
+            _rows(plan, table, places or [table.parent], classes, options, columns)
         if classes:
-            plan.facts["classes"] = dict(sorted(classes.items()))
+            plan.facts["classes"] = name_list(classes, max(classes) + 1)
     else:
         _walk(plan, places, options)
     if not plan.items and not plan.bad:
@@ -47,8 +56,18 @@ def plan_images(sources: Sequence[str], labels: Sequence[str], options: Options)
     return plan
 
 
+def name_list(names: Mapping[int, str], count: int) -> list[str]:
+    """Names by number as a list; a number without a name is called by itself."""
+    return [names.get(number, str(number)) for number in range(count)]
+
+
 def _rows(
-    plan: Plan, table: Path, places: list[Path], classes: dict[int, str], options: Options
+    plan: Plan,
+    table: Path,
+    places: list[Path],
+    classes: dict[int, str],
+    options: Options,
+    columns: tuple[str, str],
 ) -> None:
     pictures = Pictures(places, shards=table.parent, allow_absolute=options.allow_absolute)
     named = split_of_file(table)
@@ -57,11 +76,13 @@ def _rows(
             plan.bad.append(row)
             continue
         values = row.values
-        name = values.pop("image", None)
+        name = values.pop(columns[0], None)
         if not isinstance(name, str):
-            plan.bad.append(Bad(row.where, "", "no_image", 'no "image" that names a file'))
+            plan.bad.append(Bad(row.where, "", "no_image", f"no {columns[0]!r} that names a file"))
             continue
-        label, shard = values.get("label"), values.pop("shard", None)
+        label, shard = values.pop(columns[1], None), values.pop("shard", None)
+        if label is not None:
+            values["label"] = label
         if label is not None and (isinstance(label, bool) or not isinstance(label, int)):
             detail = f"label {label!r} is not an integer"
             plan.bad.append(Bad(row.where, name, "bad_label", detail))
@@ -76,7 +97,7 @@ def _rows(
             continue
         if label is not None and "class" in values:
             classes.setdefault(label, str(values["class"]))
-        plan.items.append(Item(split, name, row.where, place, values))
+        plan.items.append(Item(split, name, row.where, (Picture(place),), values))
 
 
 def _walk(plan: Plan, places: list[Path], options: Options) -> None:
@@ -111,7 +132,7 @@ def _walk(plan: Plan, places: list[Path], options: Options) -> None:
     if in_splits:
         plan.notes.append(f"splits from the top folders: {', '.join(sorted(tops))}")
     if classes:
-        plan.facts["classes"] = dict(enumerate(classes))
+        plan.facts["classes"] = classes
         plan.notes.append(f"{len(classes)} classes from the folders: {_shorten(classes)}")
     shared: dict[str, dict[str, Any]] = {n: {"label": i, "class": n} for n, i in label_of.items()}
     for member, names in zip(members, parts, strict=True):
@@ -119,7 +140,7 @@ def _walk(plan: Plan, places: list[Path], options: Options) -> None:
         split = plan.split_of(names[0] if in_splits else None, where, member.name, options)
         fields = shared[names[depth]] if classes else {}
         if split is not None:
-            plan.items.append(Item(split, member.name, where, member.place, fields))
+            plan.items.append(Item(split, member.name, where, (Picture(member.place),), fields))
 
 
 def _shorten(names: list[str]) -> str:

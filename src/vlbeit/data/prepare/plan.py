@@ -1,8 +1,11 @@
 """What a family of data sets found, before an image is opened: items, bad rows, splits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from vlbeit.data.prepare.locate import Place
 from vlbeit.data.prepare.rows import Bad
@@ -44,15 +47,50 @@ class Options:
     drop_overlap: bool = False
 
 
+class Picture(NamedTuple):
+    """A picture of a record."""
+
+    place: Place
+    member: str = ""
+    """Its name in the record where there are several: "left" is stored as left.jpg."""
+    box: tuple[int, int, int, int] | None = None
+    """Cut out of the file and stored alone: left, top, right and bottom in pixels."""
+
+
+class ClassMap(NamedTuple):
+    """The class of every pixel of a record's picture, in a file of its own."""
+
+    place: Place
+    classes: int | None
+    """Number of classes, so that values that are none can be refused; None: not known."""
+    ignore: int | None
+    """Value in the file of pixels that belong to no class. It is stored as 255, and the values
+    above it move down by one (ADE20K's 0 and 1 ... 150 become 255 and 0 ... 149)."""
+
+
 class Item(NamedTuple):
-    """An image with what is known about it: a record to be."""
+    """Pictures with what is known about them: a record to be."""
 
     split: str
     """Empty: to be drawn from the content."""
     name: str
     where: str
-    place: Place
+    pictures: tuple[Picture, ...]
     fields: dict[str, Any]
+    class_map: ClassMap | None = None
+
+
+class Summary(Protocol):
+    """What is to be said about all records together, computed while they are written."""
+
+    def add(self, split: str, fields: Mapping[str, Any], pixels: np.ndarray | None) -> None:
+        """A record that was written. `pixels`: (256,) int64, how often each value of its class
+        map occurs; None without a map."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """For dataset.json; `counts` and `baselines` are told on the terminal too."""
+        ...
 
 
 class Overlap(NamedTuple):
@@ -69,7 +107,11 @@ class Overlap(NamedTuple):
 class Plan:
     """What a family found in the user's files."""
 
-    stream: Literal["image", "pair"]
+    stream: str
+    """"image", "pair" or "task:NAME"."""
+    serves: str = ""
+    """"retrieval" or "classification": a task that reads the same shards as a further source."""
+    summary: Summary | None = None
     items: list[Item] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
     absent: list[Bad] = field(default_factory=list)

@@ -6,7 +6,7 @@ caller counts it; a file that cannot be read at all is an InputError.
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,6 +95,23 @@ def json_list(path: Path, key: str | None = None) -> Iterator[tuple[str, Any]]:
             index += 1
 
 
+def json_head(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """What a JSON object says before the first of some keys, and that key ("" for none).
+
+    Raises:
+        InputError: the file is not a JSON object.
+    """
+    decoder = json.JSONDecoder()
+    head: dict[str, Any] = {}
+    with opened(path, "r", encoding="utf-8-sig", errors="replace") as file:
+        reader = _Pieces(file, path)
+        for name in reader.keys(decoder):
+            if name in keys:
+                return head, name
+            head[name] = reader.value(decoder, f"the value of {name!r}")
+    return head, ""
+
+
 class _Pieces:
     """A JSON text of which only a window is in memory."""
 
@@ -149,7 +166,8 @@ class _Pieces:
             if len(self._text) - self._start > MAX_LINE * 8 or not self._more():
                 raise InputError(f"{self._path}: {what} is not JSON ({problem})")
 
-    def skip_to_key(self, key: str, decoder: json.JSONDecoder) -> None:
+    def keys(self, decoder: json.JSONDecoder) -> Iterator[str]:
+        """The keys of an object; whoever asks for the next one has read the value before."""
         self.expect("{")
         first = True
         while not self.at("}"):
@@ -158,6 +176,10 @@ class _Pieces:
             first = False
             name = self.value(decoder, "a key")
             self.expect(":")
+            yield name
+
+    def skip_to_key(self, key: str, decoder: json.JSONDecoder) -> None:
+        for name in self.keys(decoder):
             if name == key:
                 return
             self.value(decoder, f"the value of {name!r}")

@@ -13,7 +13,7 @@ from vlbeit.data.prepare.account import Account, Report
 from vlbeit.data.prepare.captions import usable_captions
 from vlbeit.data.prepare.folder import new_folder
 from vlbeit.data.prepare.locate import Place
-from vlbeit.data.prepare.plan import Item, Options, Plan
+from vlbeit.data.prepare.plan import Item, Options, Picture, Plan
 from vlbeit.data.prepare.rows import Bad
 from vlbeit.data.records import BadSample, RecordSource, expand_shards, local_shard, open_manifest
 from vlbeit.errors import ConfigError
@@ -108,6 +108,6 @@ def plan_shards(by_split: dict[str, list[str]], options: Options) -> Plan:
                 place = Place(path, member.offset, member.size)
                 name = f"{record.key}.{member.extension}"
                 plan.items.append(
-                    Item(drawn, name, f"{shard}:{name}", place, {"captions": captions})
+                    Item(drawn, name, f"{shard}:{name}", (Picture(place),), {"captions": captions})
                 )
     return plan
