@@ -30,6 +30,10 @@ PROBED = 64
 """Samples of a source, spread over it, that may all be bad before it counts as unusable."""
 
 
+ABOUT = ("json", "txt")
+"""Members of a record that `TaskData.about` sees."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
     """How a record's picture becomes pixels: augmented for training, else whole and squashed."""
@@ -114,7 +118,8 @@ class TaskData(Protocol):
         """
 
     def about(self, record: Record, number: int) -> dict[str, Any]:
-        """What `figures` wants to know of a sample beside the prediction; JSON, no pixels."""
+        """What `figures` wants to know of a sample beside the prediction; JSON, no pixels. The
+        record holds its ABOUT members only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +212,7 @@ class TaskStream:
     def about(self, visit: Visit) -> dict[str, Any]:
         """What is known of a sample beside what the model sees."""
         source, record, number = self.place(visit)
-        found = source.read(record)
+        found = source.read(record, only=ABOUT)  # the pictures were read when it was predicted
         return {"record": f"{source.name}:{record}", **self._task.about(found, number)}
 
     def stack(self, samples: Sequence[TaskSample]) -> Stacked:

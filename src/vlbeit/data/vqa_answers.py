@@ -4,8 +4,11 @@ The rule is that of the VQA authors' evaluation tool (GT-Vision-Lab/VQA, vqaEval
 included: a score that anybody shall be able to compare has to normalise as that tool does.
 """
 
+import functools
 import re
 from typing import Final
+
+from vlbeit.data.transforms import BadText, clean_text
 
 NUMBERS: Final = {
     word: str(value)
@@ -68,3 +71,23 @@ def normalise_answer(text: str) -> str:
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     return normalise_words(strip_punctuation(text))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def answer_form(text: str) -> str:
+    """An answer as it stands in answer lists, targets and comparisons: cleaned and normalised.
+    Where that leaves nothing ("the"), the cleaned text in lower case.
+
+    Raises:
+        BadText: there is nothing in it.
+    """
+    cleaned = clean_text(text)
+    return normalise_answer(cleaned) or cleaned.lower()
+
+
+def form_or_nothing(text: str) -> str:
+    """`answer_form`, empty where there is nothing in the text."""
+    try:
+        return answer_form(text)
+    except BadText:
+        return ""

@@ -2,8 +2,12 @@
 
 Text and picture go through the backbone together; [T_CLS] -> pooler -> two layers. Records: an
 image and json {"questions": [{"question", "answer", "kind"?, "answers"?: [10 strings],
-"question_id"?}]}. One sample is one question. Figures: accuracy over all questions, then by kind,
-beside the most frequent answer of the kind in training (the question alone).
+"question_id"?, "answer_type"?, "question_type"?}]}. One sample is one question. Figures: accuracy
+over all questions, then by their types or kind, beside the most frequent answer of the kind in
+training (the question alone).
+
+List, targets and what is said are compared in one form (`answer_form`). Questions of a test set
+have no answer: they are refused by name, except for a submission.
 """
 
 import json
@@ -20,19 +24,19 @@ from torch import Tensor, nn
 from vlbeit.config import FinetuneConfig, VqaConfig, VqaRun
 from vlbeit.data.records import BadSample, Record, RecordSource
 from vlbeit.data.task_stream import Example, Items, Pictures, facts_of, read_field
-from vlbeit.data.transforms import BadText, clean_text
+from vlbeit.data.transforms import BadText
+from vlbeit.data.vqa_answers import answer_form, form_or_nothing
 from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.weights import initialise
 from vlbeit.tasks import Figure
 from vlbeit.tasks import Path as Way
-from vlbeit.tasks.vqa_accuracy import PEOPLE
-from vlbeit.tasks.vqa_accuracy import vqa_accuracy as official_accuracy
+from vlbeit.tasks.vqa_accuracy import answer_accuracy, score_of
 from vlbeit.types import Score, TaskBatch
 
-SOFT = (0.0, 0.3, 0.6, 0.9, 1.0)
-"""Target of an answer that 0, 1, 2, 3, 4 or more of the annotators gave (VLMo's write_vqa.py)."""
+KINDS_SHOWN = 12
+"""Kinds that get a figure of their own: the most frequent ones."""
 
 
 class AnswerHead(nn.Module):
@@ -52,14 +56,6 @@ class AnswerHead(nn.Module):
         return out
 
 
-def normalise(answer: str) -> str:
-    """An answer as it stands in the list and in the targets: cleaned, lower case.
-
-    The official evaluation also takes punctuation and articles out; that is not done here.
-    """
-    return clean_text(answer).lower()
-
-
 def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
     """{"answers": the list, "prior": {kind: answer}, "most_frequent": answer}.
 
@@ -70,11 +66,10 @@ def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict
     main: Counter[str] = Counter()
     by_kind: dict[str, Counter[str]] = {}
     for source in sources:
-        for _, _, question in questions_of(source):
-            try:
-                answer = main_answer(question)
-            except BadText:
-                continue
+        for question in questions_of(source):
+            if not is_answered(question):
+                continue  # named and counted when the loader meets it
+            answer = answer_form(question["answer"])
             main[answer] += 1
             by_kind.setdefault(kind_of(question), Counter())[answer] += 1
     answers = answer_list(config, main)
@@ -101,7 +96,7 @@ def answer_list(config: VqaRun, main: Counter[str]) -> list[str]:
         return read_answers(Path(config.vqa.answers))
     listed = facts_of(config.data, "answers")
     if listed:
-        return list(dict.fromkeys(normalise(answer) for answer in listed))
+        return list(dict.fromkeys(answer_form(answer) for answer in listed))
     found = [a for a, count in main.items() if count >= config.vqa.min_count]
     if not found:
         raise InputError(
@@ -120,7 +115,7 @@ def read_answers(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         found = json.loads(text) if text.lstrip().startswith("[") else text.splitlines()
-        answers = [normalise(str(answer)) for answer in found if str(answer).strip()]
+        answers = [answer_form(str(answer)) for answer in found if str(answer).strip()]
     except (OSError, ValueError, BadText) as error:
         raise InputError(f"vqa.answers {path}: cannot be read as answers ({error})") from None
     twice = [answer for answer, count in Counter(answers).items() if count > 1]
@@ -130,19 +125,19 @@ def read_answers(path: Path) -> list[str]:
     return answers
 
 
-def questions_of(source: RecordSource) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(record, number, question) of every readable record; pictures are not read."""
+def questions_of(source: RecordSource) -> Iterator[dict[str, Any]]:
+    """Those of every readable record; pictures are not read."""
     for index in range(len(source)):
         try:
             record = source.read(index, only=("json",))
             for number in range(len(read_field(record, "questions", list))):
-                yield index, number, question_at(record, number)
+                yield question_at(record, number)
         except BadSample:
             continue  # named and counted when the loader meets it
 
 
 def question_at(record: Record, number: int) -> dict[str, Any]:
-    """One question of a record.
+    """One question of a record, with or without an answer.
 
     Raises:
         BadSample: bad_json.
@@ -150,49 +145,39 @@ def question_at(record: Record, number: int) -> dict[str, Any]:
     questions = read_field(record, "questions", list)
     found = questions[number] if number < len(questions) else None
     if isinstance(found, dict):
-        given = found.get("answers", [])
+        main, given = found.get("answer"), found.get("answers", [])
         if (
             isinstance(found.get("question"), str)
-            and isinstance(found.get("answer"), str)
+            and isinstance(main, str if given else str | None)
             and isinstance(given, list)
             and all(isinstance(answer, str) for answer in given)
         ):
             return found
-    detail = f'question {number + 1} has no "question" and "answer": {found!r}'[:200]
+    detail = f'question {number + 1} has no "question" and "answer" as text: {found!r}'[:200]
     raise BadSample(record.shard, f"{record.key}.json", "bad_json", detail)
 
 
-def main_answer(question: Mapping[str, Any]) -> str:
-    """Raises BadText when it is empty."""
-    return normalise(question["answer"])
+def is_answered(question: Mapping[str, Any]) -> bool:
+    """Whether there is a main answer with something in it."""
+    return bool(form_or_nothing(question.get("answer") or ""))
+
+
+def given_answers(question: Mapping[str, Any]) -> list[str]:
+    """What people said, as stored; the one answer where no more is known, [] where none is."""
+    if not is_answered(question):
+        return []
+    return question.get("answers") or [question["answer"]]
 
 
 def kind_of(question: Mapping[str, Any]) -> str:
-    """The kind that the data names, else the question's first two words."""
-    kind = question.get("kind")
+    """The kind or question type that the data names, else the question's first two words."""
+    kind = question.get("kind") or question.get("question_type")
     return str(kind) if kind else " ".join(str(question["question"]).lower().split()[:2])
 
 
 def most_frequent(counts: Counter[str]) -> str:
     """Of equals the first by the alphabet; empty when nothing was counted."""
     return min(counts, key=lambda answer: (-counts[answer], answer), default="")
-
-
-def vqa_accuracy(prediction: str, given: Sequence[str]) -> float:
-    """How right an answer is beside those that were given.
-
-    Ten given answers (VQA v2): the official evaluation, its normalisation included. One: 1 when it
-    is the same. Another number: the official mean over all ways to leave one annotator out of
-    min(1, matches / 3), without normalisation.
-    """
-    if len(given) == PEOPLE:
-        return official_accuracy(prediction, given)
-    if len(given) == 1:
-        return float(prediction == given[0])
-    matches = sum(answer == prediction for answer in given)
-    left_out_match = min(1.0, max(matches - 1, 0) / 3)
-    left_out_other = min(1.0, matches / 3)
-    return (matches * left_out_match + (len(given) - matches) * left_out_other) / len(given)
 
 
 def build(config: FinetuneConfig, facts: dict[str, Any]) -> "Vqa":
@@ -210,8 +195,15 @@ class Vqa:
     weights: Mapping[str, float] = {"vqa": 1.0}
     paths: tuple[Way, ...] = ("pair",)
 
-    def __init__(self, settings: VqaConfig, facts: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: VqaConfig, facts: dict[str, Any], *, unanswered: bool = False
+    ) -> None:
+        """
+        Args:
+            unanswered: questions without an answer are samples too.
+        """
         self.settings = settings
+        self._unanswered = unanswered
         self.facts = facts
         self.answers: list[str] = facts["answers"]
         self._places = {answer: place for place, answer in enumerate(self.answers)}
@@ -219,7 +211,8 @@ class Vqa:
     # ---- data
 
     def items(self, source: RecordSource, training: bool) -> Items:
-        """Every question; in training those with a listed answer only (VLMo)."""
+        """Every question; in training those with a listed answer only (VLMo), beside those without
+        any answer, which are skipped by name."""
 
         def rows() -> Iterator[tuple[int, int, int]]:
             for index in range(len(source)):
@@ -231,7 +224,8 @@ class Vqa:
                     yield index, 0, 0
                     continue
                 for number, question in enumerate(found):
-                    if not training or self._target(question).any():
+                    useful = not is_answered(question) or self._target(question).any()
+                    if not training or useful:
                         yield index, number, len(question["question"])
 
         return Items.of(rows())
@@ -239,18 +233,29 @@ class Vqa:
     def _target(self, question: Mapping[str, Any]) -> np.ndarray:
         """(answers,) float32 in [0, 1]."""
         target = np.zeros(len(self.answers), dtype=np.float32)
-        for answer, count in Counter(given_answers(question)).items():
+        given = given_answers(question)
+        # An annotator who said nothing counts as one, but for no answer: the list has no "".
+        for answer, count in Counter(map(form_or_nothing, given)).items():
             if answer in self._places:
-                soft = SOFT[min(count, len(SOFT) - 1)] if question.get("answers") else 1.0
-                target[self._places[answer]] = soft
+                target[self._places[answer]] = score_of(count, len(given))
         return target
 
     def example(
         self, source: RecordSource, record: int, number: int, pictures: Pictures, draws: Draws
     ) -> Example:
-        """Target: `answers` (answers,) float32."""
+        """Target: `answers` (answers,) float32, all 0 without an answer.
+
+        Raises:
+            BadSample: also no_answer, where the task needs one.
+        """
         found = source.read(record)
         question = question_at(found, number)
+        if not (is_answered(question) or self._unanswered):
+            detail = (
+                f"question {number + 1}, {question['question'][:80]!r}, has no answer; "
+                "`vlbeit eval RUN --submission FILE` answers such questions"
+            )
+            raise BadSample(found.shard, f"{found.key}.json", "no_answer", detail)
         pixels = pictures.pixels(found.image(), draws)
         return Example(
             pixels=pixels[None],
@@ -264,8 +269,9 @@ class Vqa:
             "question": question["question"],
             "question_id": question.get("question_id"),
             "kind": kind_of(question),
-            "given": given_answers(question),
-            "answers": question.get("answers"),  # as stored: the official rule wants them so
+            "answer_type": question.get("answer_type"),
+            "question_type": question.get("question_type"),
+            "answers": given_answers(question),  # as stored: the official rule wants them so
         }
 
     # ---- model
@@ -316,17 +322,13 @@ class Vqa:
         ]
 
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-        """accuracy, then accuracy of each kind."""
-        right = np.array([vqa_accuracy(row["answer"], row["given"]) for row in rows])
-        guess = np.array([vqa_accuracy(self.guess(row["kind"]), row["given"]) for row in rows])
-        kinds = np.array([row["kind"] for row in rows])
+        """accuracy, then that of each answer type and question type where the data names them
+        (VQA v2), else of each kind."""
+        right = np.array([answer_accuracy(row["answer"], row["answers"]) for row in rows])
+        guess = np.array([answer_accuracy(self.guess(row["kind"]), row["answers"]) for row in rows])
         found = {"accuracy": Figure.share(right.tolist(), guess.tolist())}
-        names, counts = np.unique(kinds, return_counts=True)
-        if len(names) > KINDS_SHOWN:  # first words of free questions: the most frequent ones
-            names = names[np.argsort(-counts, kind="stable")[:KINDS_SHOWN]]
-        for kind in names:
-            here = (kinds == kind).astype(np.float64)
-            found[f"accuracy/{kind}"] = Figure(
+        for name, here in groups_of(rows).items():
+            found[name] = Figure(
                 numerator=right * here, denominator=here, baseline=(guess * here, here)
             )
         return found
@@ -337,16 +339,17 @@ class Vqa:
         return found
 
 
-KINDS_SHOWN = 12
-"""Kinds that get a figure of their own."""
-
-
-def given_answers(question: Mapping[str, Any]) -> list[str]:
-    """All annotators' answers, normalised; where there are none, the one answer."""
-    found = []
-    for answer in question.get("answers") or [question["answer"]]:
-        try:
-            found.append(normalise(answer))
-        except BadText:
-            found.append("")  # an annotator who said nothing still counts as one
+def groups_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Figure name -> (S,) 1.0 where a row belongs to it."""
+    found: dict[str, np.ndarray] = {}
+    for field in ("answer_type", "question_type"):
+        named = np.array([str(row[field] or "") for row in rows])
+        for name in np.unique(named[named != ""]):
+            found[f"{field}/{name}"] = (named == name).astype(np.float64)
+    kinds = np.array(["" if row["kind"] == row["question_type"] else row["kind"] for row in rows])
+    names, counts = np.unique(kinds[kinds != ""], return_counts=True)
+    if len(names) > KINDS_SHOWN:  # first words of free questions: the most frequent ones
+        names = names[np.argsort(-counts, kind="stable")[:KINDS_SHOWN]]
+    for name in names:
+        found[f"accuracy/{name}"] = (kinds == name).astype(np.float64)
     return found

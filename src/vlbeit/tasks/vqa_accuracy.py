@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vlbeit.data.vqa_answers import normalise_answer
+from vlbeit.data.vqa_answers import form_or_nothing, normalise_answer
 
 PEOPLE = 10
 """Answers to a question of VQA v2."""
@@ -44,10 +44,32 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if len(set(given)) > 1:
         said = normalise_answer(said)
         given = [normalise_answer(answer) for answer in given]
-    same = given.count(said)
+    return score_of(given.count(said), PEOPLE)
+
+
+def score_of(same: int, people: int) -> float:
+    """The score of an answer that `same` of `people` gave: 0, 0.3, 0.6, 0.9, 1 of ten. Of another
+    number min(1, same / 3), the rule without leaving one out; with fewer than three, all of them
+    make it 1."""
+    if people != PEOPLE:
+        return min(1.0, same / min(3, people))
     # The same others remain when one of those who disagree is left out, one less otherwise.
     tenths = (PEOPLE - same) * min(3, same) + same * min(3, max(same - 1, 0))
     return tenths / (3 * PEOPLE)
+
+
+def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """`vqa_accuracy` where ten people answered; else `score_of` those whose answer has the same
+    form.
+
+    Args:
+        answers: as stored, at least one.
+    """
+    if len(answers) == PEOPLE:
+        return vqa_accuracy(prediction, answers)
+    said = form_or_nothing(prediction)
+    same = sum(form_or_nothing(answer) == said for answer in answers) if said else 0
+    return score_of(same, len(answers))
 
 
 @dataclass(frozen=True, kw_only=True)
