@@ -17,6 +17,7 @@ from vlbeit.errors import ConfigError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
 from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
 from vlbeit.eval.neighbours import evaluate_neighbours
+from vlbeit.eval.submission import write_submission
 
 
 def main(argv: list[str]) -> int:
@@ -41,11 +42,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--scratch", action="store_true", help="with --neighbours: a trunk of fresh weights"
     )
+    parser.add_argument(
+        "--submission",
+        metavar="FILE",
+        help="write the answers for the test server instead; the samples need no answer",
+    )
     args = parser.parse_args(argv)
     if args.scratch and args.neighbours is None:
         raise ConfigError("--scratch goes with --neighbours only")
     if args.samples and args.neighbours is not None:
         raise ConfigError("--samples does not go with --neighbours: leave it out")
+    if args.submission and (args.samples or args.neighbours is not None):
+        raise ConfigError("--submission answers all questions: no --samples, no --neighbours")
     quiet: Any = (lambda text: None) if args.json else print
     checkpoint = find_checkpoint(args.run, quiet)
     given = {"split": args.split, "samples": args.samples, "batch_size": args.batch}
@@ -60,6 +68,16 @@ def main(argv: list[str]) -> int:
             device=args.device,
             scratch=args.scratch,
         )
+    elif args.submission:
+        if "task" not in checkpoint.config:
+            raise ConfigError(f"--submission: {checkpoint.folder} is not fine-tuned for a task")
+        found = write_submission(
+            load_task_run(checkpoint, args.device),
+            args.data,
+            Path(args.submission),
+            split=args.split,
+            batch_size=args.batch,
+        )
     elif "task" in checkpoint.config:
         found = evaluate_task(load_task_run(checkpoint, args.device), args.data, **given)
     else:
@@ -69,6 +87,8 @@ def main(argv: list[str]) -> int:
         Path(args.out).write_text(text + "\n")
     if args.json:
         print(text)
+    elif "submission" in found:
+        print(f"{found['samples']} answers ({found['split']}) in {found['submission']}")
     elif "task" in found:
         show_task(found, Console())
     else:

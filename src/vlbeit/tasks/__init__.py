@@ -122,6 +122,19 @@ class Matching(Protocol):
         Not asked while training. What it took is in `costs`, by name, if the task has that."""
 
 
+class Submitting(Protocol):
+    """What a task may also have: a file for the server that holds the answers of a test set."""
+
+    def for_submission(self) -> Task:
+        """The same task, with samples that have no answer."""
+
+    def check_submission(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InputError when these rows (`about`'s) cannot be submitted."""
+
+    def submission(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """The file's text from all rows (`predict`'s with `about`'s)."""
+
+
 def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
     """What the training data fixes for the task of `config`.
 

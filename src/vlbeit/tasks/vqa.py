@@ -274,6 +274,35 @@ class Vqa:
             "answers": given_answers(question),  # as stored: the official rule wants them so
         }
 
+    # ---- submission
+
+    def for_submission(self) -> "Vqa":
+        return Vqa(self.settings, self.facts, unanswered=True)
+
+    def check_submission(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Every question needs a question_id of its own, an integer (VQA v2's are)."""
+        seen: dict[int, str] = {}
+        for row in rows:
+            number = row["question_id"]
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise InputError(
+                    f"{row['record']}: question {row['question'][:80]!r} has no question_id that "
+                    f"is an integer (found {number!r}), by which a submission names it; "
+                    "`vlbeit prepare vqav2` keeps them"
+                )
+            if number in seen:
+                raise InputError(
+                    f"question_id {number} is that of questions in {seen[number]} and "
+                    f"{row['record']}; name one data folder that holds each question once"
+                )
+            seen[number] = row["record"]
+
+    def submission(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        """The official results file: JSON [{"question_id", "answer"}, ...], by question_id."""
+        self.check_submission(rows)
+        found = [{"question_id": row["question_id"], "answer": row["answer"]} for row in rows]
+        return json.dumps(sorted(found, key=lambda row: row["question_id"]))
+
     # ---- model
 
     def head(self, model: VLBeit, seed: int) -> AnswerHead:
