@@ -435,7 +435,7 @@ def test_settings_out_of_range_are_refused(task, settings, named, start, data, t
 
 def test_a_fine_tuned_run_is_refused_where_a_pretrained_one_is_needed(start, data, tmp_path):
     run = toy_finetune("vqa", start, data, tmp_path / "run", {"max_steps": 1})
-    assert main(["predict", str(run), "--text", "say [MASK]"]) == InputError.exit_code
+    assert main(["report", str(run)]) == InputError.exit_code
 
 
 # ------------------------------------------------------------------ the command

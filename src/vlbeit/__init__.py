@@ -1,7 +1,8 @@
 """VL-BEiT: vision-language pretraining by masked prediction alone.
 
     import vlbeit
-    model = vlbeit.load("runs/demo/pretrain/checkpoints/step-0000600")
+    run = vlbeit.load("runs/tiny-vqa")
+    run.answer("dog.jpg", "what colour is the dog?")
 
 `import vlbeit` is cheap: torch is imported when `load` or `VLBeit` is first used.
 """
@@ -10,26 +11,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from vlbeit.nn.model import VLBeit
+    from vlbeit.serve.predictor import Predictor, load
 
 __version__ = "0.1.0"
-__all__ = ["VLBeit", "__version__", "load"]
+__all__ = ["Predictor", "VLBeit", "__version__", "load"]
 
-
-def load(folder: "str | Path") -> "VLBeit":
-    """The model of a checkpoint folder (config.json and model.safetensors), in eval mode.
-
-    Raises:
-        InputError: the folder or a file in it is missing or does not fit the config.
-    """
-    model: VLBeit = __getattr__("VLBeit").from_pretrained(folder)
-    return model.eval()
+_HOMES = {
+    "VLBeit": "vlbeit.nn.model",
+    "Predictor": "vlbeit.serve.predictor",
+    "load": "vlbeit.serve.predictor",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "VLBeit":
+    if name in _HOMES:
         # By name, not by an import statement: the package root has no line in the import rule.
-        return importlib.import_module("vlbeit.nn.model").VLBeit
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'vlbeit' has no attribute {name!r}")

@@ -56,8 +56,8 @@ VERBS: dict[str, Verb] = {
         "vlbeit.eval.cli:main",
     ),
     "predict": Verb(
-        "fill in hidden words and hidden patches",
-        "vlbeit.eval.predict:main",
+        "ask a run: fill in words and patches, name classes, answer questions",
+        "vlbeit.serve.predict:main",
     ),
     "report": Verb(
         "one page about a run: curves, filled-in words and patches, tables",

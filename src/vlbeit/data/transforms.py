@@ -82,7 +82,16 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         BadImage: with the reason.
     """
-    image = _open(data, max_pixels)
+    return upright_rgb(_open(data, max_pixels), max_pixels=max_pixels)
+
+
+def upright_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An opened picture to (H, W, 3) uint8 RGB, as `decode_image`, which calls this.
+
+    Raises:
+        BadImage: with the reason.
+    """
+    _check_size(image, max_pixels)
     try:
         image.load()
         upright = _UPRIGHT.get(_orientation(image))
@@ -105,13 +114,17 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("not_an_image", detail) from None
     except Exception as error:  # see decode_image
         raise _damaged(error) from None
+    _check_size(image, max_pixels)
+    return image
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         detail = f"{width} x {height} pixels; the limit is {max_pixels}"
         raise BadImage("too_many_pixels", detail)
     if width < 1 or height < 1:
         raise BadImage("bad_size", f"{width} x {height} pixels")
-    return image
 
 
 def _damaged(error: Exception) -> BadImage:

@@ -1,0 +1,1 @@
+"""A trained run that answers: from Python, from the command line."""

@@ -1,0 +1,442 @@
+"""A run ready to be asked, pretrained or fine-tuned: `vlbeit.load`.
+
+    run = vlbeit.load("runs/tiny-vqa")
+    run.answer("dog.jpg", "what colour is the dog?")       # [Answer(name="brown", ...), ...]
+    run.answer("dog.jpg", ["what is this?", "how many?"])  # a list for each
+
+A picture is a path, encoded bytes, a PIL image or an array (H, W, 3), (H, W, 4) or (H, W) uint8.
+Where a list is given for a picture or a text, a list comes back; a single one beside it goes with
+all. Pictures and texts pass the same functions as in `vlbeit eval`, so the answers are the same.
+
+What a run can do depends on what it was trained for. To add a task: its methods in MODES, and each
+of these methods, which begins with `self._task("NAME")`.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlbeit.checkpoint import find_checkpoint
+from vlbeit.data.collate import pad_words
+from vlbeit.data.streams import encode_text
+from vlbeit.data.transforms import (
+    BadImage,
+    BadText,
+    clean_text,
+    decode_image,
+    plain,
+    upright_rgb,
+)
+from vlbeit.errors import ConfigError, InputError
+from vlbeit.eval import fill
+from vlbeit.eval.downstream import TaskRun, load_task_run
+from vlbeit.eval.evaluate import LoadedRun, load_run
+from vlbeit.nn.model import VLBeit
+from vlbeit.tasks.classification import Classification
+from vlbeit.tasks.retrieval import (
+    Retrieval,
+    RetrievalHead,
+    encode_images,
+    encode_texts,
+    fuse,
+    texts_of,
+)
+from vlbeit.tasks.retrieval_index import Found, Index
+from vlbeit.tasks.vqa import Vqa
+from vlbeit.types import TaskBatch
+
+PRETRAINING = "pretraining"
+MODES: dict[str, tuple[str, ...]] = {
+    PRETRAINING: ("fill_words", "fill_patches"),
+    "classification": ("classify",),
+    "vqa": ("answer",),
+    "statements": ("compare",),
+    "retrieval": ("match", "index", "search"),
+}
+"""What a run was trained for, and the methods that ask it."""
+BATCH = 32
+"""Most samples in one forward pass."""
+
+Picture: TypeAlias = str | Path | bytes | Image.Image | np.ndarray
+Many: TypeAlias = list[Any] | tuple[Any, ...]
+"""Several pictures or texts."""
+T = TypeVar("T")
+
+
+class Answer(NamedTuple):
+    """One candidate. Of a class the probabilities of all add up to 1; of an answer to a question
+    each stands for itself."""
+
+    name: str
+    probability: float
+
+
+class Verdict(NamedTuple):
+    """Whether a statement is true."""
+
+    true: bool
+    probability: float
+    """That it is true."""
+
+
+class Match(NamedTuple):
+    """Whether a picture and a text belong together."""
+
+    similarity: float
+    """Cosine of the dual encoder, in [-1, 1]."""
+    probability: float | None
+    """By the fused pass; None for a run without matching."""
+
+
+def load(
+    place: str | Path, device: str = "auto", log: Callable[[str], None] = warnings.warn
+) -> "Predictor":
+    """A run folder's newest good checkpoint, or a checkpoint.
+
+    Args:
+        device: "cpu", "cuda", or "auto": CUDA if there is one.
+        log: is told of damaged checkpoints that were passed over.
+
+    Raises:
+        InputError: there is no checkpoint, or it is damaged.
+    """
+    checkpoint = find_checkpoint(place, log)
+    run: LoadedRun | TaskRun
+    if "task" in checkpoint.config:
+        run = load_task_run(checkpoint, device)
+    else:
+        run = load_run(checkpoint.folder, device, log)
+    return Predictor(run, checkpoint.manifest["files"]["model.safetensors"]["sha256"])
+
+
+class Predictor:
+    """A run with a method for each thing that it was trained to do."""
+
+    def __init__(self, run: LoadedRun | TaskRun, digest: str) -> None:
+        """
+        Args:
+            digest: of the weights; an index of vectors keeps it.
+        """
+        self.run = run
+        self.digest = digest
+
+    @property
+    def model(self) -> VLBeit:
+        return self.run.model
+
+    @property
+    def trained_for(self) -> str:
+        """ "pretraining" or the name of the task."""
+        return self.run.config.task if isinstance(self.run, TaskRun) else PRETRAINING
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The methods that this run can answer."""
+        return MODES.get(self.trained_for, ())
+
+    def __repr__(self) -> str:
+        said = ", ".join(self.modes) or "nothing yet"
+        return f"<vlbeit run {self.run.folder}: {self.trained_for} ({said})>"
+
+    # ---- pretraining
+
+    def fill_words(self, text: str, image: Picture | None = None, top: int = 5) -> fill.FilledWords:
+        """Candidates for every [MASK] of the text, with a picture or from the text alone.
+
+        Raises:
+            ConfigError: the run is fine-tuned.
+            InputError: no [MASK], a text that is empty or too long, or a bad picture.
+        """
+        run = self._pretrained("fill_words")
+        picture = None if image is None else self._pixels([image])[0]
+        try:
+            return fill.fill_words(run, text, picture, top)
+        except BadText as error:
+            raise InputError(f"the text {text[:80]!r}: {error.detail}") from None
+
+    def fill_patches(
+        self, image: Picture, share: float = 0.4, text: str | None = None, seed: int = 0
+    ) -> fill.FilledPatches:
+        """The model's codes for a share of the patches, hidden in blocks that `seed` chooses.
+
+        Raises:
+            ConfigError: the run is fine-tuned, or the share is not in (0, 1].
+            InputError: no visual tokenizer, a bad text or a bad picture.
+        """
+        run = self._pretrained("fill_patches")
+        if not 0 < share <= 1:
+            raise ConfigError(f"the share of hidden patches must be in (0, 1], found {share}")
+        picture = self._pixels([image])[0]
+        try:
+            return fill.fill_patches(run, picture, fill.hide_share(run, share, seed), text)
+        except BadText as error:
+            raise InputError(f"the text {str(text)[:80]!r}: {error.detail}") from None
+
+    # ---- tasks
+
+    @overload
+    def classify(self, images: Picture, top: int = 5) -> list[Answer]: ...
+    @overload
+    def classify(self, images: Many, top: int = 5) -> list[list[Answer]]: ...
+
+    def classify(self, images: Any, top: int = 5) -> Any:
+        """The `top` classes of a picture, or of each of a list, the most probable first."""
+        run = self._task("classification", "classify")
+        task = run.task
+        assert isinstance(task, Classification)
+        return self._each(
+            (images,),
+            lambda rows: ranked(
+                task.logits(run.model, run.head, self._batch(rows)).softmax(-1), task.classes, top
+            ),
+        )
+
+    @overload
+    def answer(self, image: Picture, question: str, top: int = 5) -> list[Answer]: ...  # type: ignore[overload-overlap]
+    @overload
+    def answer(
+        self, image: Picture | Many, question: str | Many, top: int = 5
+    ) -> list[list[Answer]]: ...
+
+    def answer(self, image: Any, question: Any, top: int = 5) -> Any:
+        """The `top` answers to a question about a picture, the most probable first."""
+        run = self._task("vqa", "answer")
+        task = run.task
+        assert isinstance(task, Vqa)
+        return self._each(
+            (image, question),
+            lambda rows: ranked(
+                task.logits(run.model, run.head, self._batch(rows, text=1)).sigmoid(),
+                task.answers,
+                top,
+            ),
+        )
+
+    @overload
+    def compare(self, left: Picture, right: Picture, statement: str) -> Verdict: ...  # type: ignore[overload-overlap]
+    @overload
+    def compare(
+        self, left: Picture | Many, right: Picture | Many, statement: str | Many
+    ) -> list[Verdict]: ...
+
+    def compare(self, left: Any, right: Any, statement: Any) -> Any:
+        """Whether a statement about two pictures is true."""
+        run = self._task("statements", "compare")
+
+        def asked(rows: list[tuple[Any, ...]]) -> list[Verdict]:
+            found = run.task.predict(run.model, run.head, self._batch(rows, text=2))
+            return [Verdict(row["answer"], row["probability"]) for row in found]
+
+        return self._each((left, right, statement), asked)
+
+    @overload
+    def match(self, image: Picture, text: str) -> Match: ...  # type: ignore[overload-overlap]
+    @overload
+    def match(self, image: Picture | Many, text: str | Many) -> list[Match]: ...
+
+    def match(self, image: Any, text: Any) -> Any:
+        """How well a picture and a text go together, by the dual encoder and by the fused pass."""
+        run, head = self._retrieval("match")
+
+        def asked(rows: list[tuple[Any, ...]]) -> list[Match]:
+            batch = self._batch(rows, text=1)
+            words, valid = texts_of(batch)
+            images = encode_images(run.model, head, batch.image())
+            texts = encode_texts(run.model, head, words, valid)
+            similar = (images * texts).sum(dim=1).tolist()
+            if head.matching is None:
+                return [Match(value, None) for value in similar]
+            logits = head.match(fuse(run.model, words, valid, batch.image()))
+            return list(map(Match, similar, logits.softmax(-1)[:, 1].tolist()))
+
+        return self._each((image, text), asked)
+
+    def index(
+        self,
+        *,
+        images: Many | None = None,
+        texts: Many | None = None,
+        ids: Sequence[str] | None = None,
+    ) -> Index:
+        """Pictures or texts, encoded once to be searched; `Index.save` keeps them.
+
+        Args:
+            ids: a name for each; default: paths and texts themselves, numbers for other pictures.
+
+        Raises:
+            ConfigError: both or neither given, none in the list, or ids that do not fit.
+        """
+        run, head = self._retrieval("index")
+        given = images if texts is None else texts
+        if not given or (images is not None and texts is not None):
+            raise ConfigError("an index is of images or of texts: give one list, not empty")
+        if ids is None:
+            paths = (str, Path)
+            ids = [str(one) if isinstance(one, paths) else str(i) for i, one in enumerate(given)]
+        if len(set(ids)) != len(given) or len(ids) != len(given):
+            raise ConfigError(f"{len(given)} entries need as many different ids")
+
+        def encoded(rows: list[tuple[Any, ...]]) -> list[Tensor]:
+            if texts is None:
+                pixels = self._batch(rows).image()
+                return list(encode_images(run.model, head, pixels).cpu())
+            words, valid = texts_of(self._batch(rows, text=0))
+            return list(encode_texts(run.model, head, words, valid).cpu())
+
+        return Index(
+            kind="image" if texts is None else "text",
+            model=self.digest,
+            ids=tuple(ids),
+            vectors=torch.stack(self._each((list(given),), encoded)),
+        )
+
+    def search(
+        self, index: Index, *, text: str | None = None, image: Picture | None = None, top: int = 5
+    ) -> list[Found]:
+        """The nearest of an index of pictures to a text, or of an index of texts to a picture, by
+        the dual encoder; `match` looks at a pair more closely.
+
+        Raises:
+            ConfigError: a query of the kind that the index holds.
+            InputError: the index was made by another model.
+        """
+        run, head = self._retrieval("search")
+        wanted = "text" if index.kind == "image" else "image"
+        if (text is None) == (image is None) or (text is None) == (wanted == "text"):
+            raise ConfigError(f"an index of {index.kind}s is searched with one {wanted}")
+        with torch.no_grad():
+            if text is not None:
+                words, valid = texts_of(self._batch([(text,)], text=0))
+                query = encode_texts(run.model, head, words, valid)
+            else:
+                query = encode_images(run.model, head, self._batch([(image,)]).image())
+        return index.search(query, min(top, len(index.ids)), self.digest)[0]
+
+    # ---- what they share
+
+    def _task(self, task: str, method: str) -> TaskRun:
+        if isinstance(self.run, TaskRun) and self.run.config.task == task:
+            return self.run
+        raise self._lacks(method, f"vlbeit finetune {task} --start RUN --data DIR --run-dir NEW")
+
+    def _retrieval(self, method: str) -> tuple[TaskRun, RetrievalHead]:
+        run = self._task("retrieval", method)
+        assert isinstance(run.task, Retrieval) and isinstance(run.head, RetrievalHead)
+        return run, run.head
+
+    def _pretrained(self, method: str) -> LoadedRun:
+        if isinstance(self.run, LoadedRun):
+            return self.run
+        raise self._lacks(method, "vlbeit pretrain RECIPE --data DIR --run-dir NEW")
+
+    def _lacks(self, method: str, command: str) -> ConfigError:
+        return ConfigError(
+            f"{self.run.folder} was trained for {self.trained_for} and has no {method}; it has "
+            f"{', '.join(self.modes) or 'none of these methods'}. A run that has it comes from "
+            f"`{command}`"
+        )
+
+    def _each(
+        self, values: tuple[Any, ...], ask: Callable[[list[tuple[Any, ...]]], list[T]]
+    ) -> Any:
+        """What `ask` says of every row of the values, BATCH rows at a time: a list if one of them
+        is a list, else the one."""
+        counts = {len(value) for value in values if isinstance(value, list | tuple)}
+        if len(counts) > 1:
+            raise ConfigError(
+                f"lists of {' and '.join(map(str, sorted(counts)))} do not go together"
+            )
+        count = counts.pop() if counts else 1
+        columns = [v if isinstance(v, list | tuple) else [v] * count for v in values]
+        rows = list(zip(*columns, strict=True))
+        found: list[T] = []
+        with torch.no_grad():
+            for start in range(0, count, BATCH):
+                found += ask(rows[start : start + BATCH])
+        return found if any(isinstance(value, list | tuple) for value in values) else found[0]
+
+    def _batch(self, rows: Sequence[tuple[Any, ...]], text: int | None = None) -> TaskBatch:
+        """Rows of pictures and, in the column `text`, a text."""
+        run = self.run
+        assert isinstance(run, TaskRun)
+        columns = [column for column in range(len(rows[0])) if column != text]
+        words = valid = pixels = None
+        if columns:
+            shown = [self._pixels([row[column] for column in columns]) for row in rows]
+            pixels = torch.from_numpy(np.stack(shown))
+        if text is not None:
+            ids = [self._words(row[text], run.config.input.text_length) for row in rows]
+            words, valid = map(torch.from_numpy, pad_words(ids))
+        return TaskBatch(
+            stream=run.task.stream,
+            sample_ids=tuple(map(str, range(len(rows)))),
+            pixels=pixels,
+            words=words,
+            word_valid=valid,
+            targets={},
+        ).to(run.device)
+
+    def _words(self, text: str, longest: int) -> np.ndarray:
+        if not isinstance(text, str):
+            raise ConfigError(f"expected a text, found {type(text).__name__}")
+        try:
+            return encode_text(self.run.text, clean_text(text), longest)
+        except BadText as error:
+            raise InputError(f"the text {text[:80]!r}: {error.detail}") from None
+
+    def _pixels(self, images: Sequence[Picture]) -> np.ndarray:
+        """(N, 3, height, width) uint8 at the model's size: whole and squashed, as in `eval`."""
+        size = self.run.config.model.image_size
+        return np.stack([plain(read_picture(image), size) for image in images])
+
+
+def read_picture(given: Picture) -> np.ndarray:
+    """(H, W, 3) uint8 RGB.
+
+    Raises:
+        InputError: a file that cannot be read, or no picture; names it.
+        ConfigError: something of another type.
+    """
+    name = str(given) if isinstance(given, str | Path) else f"the {type(given).__name__} given"
+    try:
+        if isinstance(given, str | Path):
+            return decode_image(Path(given).read_bytes())
+        if isinstance(given, bytes):
+            return decode_image(given)
+        if isinstance(given, Image.Image):
+            return upright_rgb(given)
+        if isinstance(given, np.ndarray):
+            deep = given.ndim == 3 and given.shape[2] in (3, 4)
+            if given.dtype == np.uint8 and given.size and (given.ndim == 2 or deep):
+                return upright_rgb(Image.fromarray(given))
+            raise ConfigError(
+                "an array that is a picture is (H, W, 3), (H, W, 4) or (H, W) uint8, found "
+                f"{given.shape} {given.dtype}"
+            )
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except BadImage as error:
+        raise InputError(f"{name}: {error.reason}: {error.detail}") from None
+    raise ConfigError(
+        f"expected a picture (a path, bytes, a PIL image, a uint8 array), found "
+        f"{type(given).__name__}"
+    )
+
+
+def ranked(shares: Tensor, names: Sequence[str], top: int) -> list[list[Answer]]:
+    """(B, N) to the `top` names of each row; of equal ones the first in the list."""
+    if top < 1:
+        raise ConfigError(f"top must be at least 1, found {top}")
+    best = shares.sort(dim=-1, descending=True, stable=True)
+    return [
+        [Answer(names[place], share) for place, share in zip(places, values, strict=True)]
+        for places, values in zip(
+            best.indices[:, :top].tolist(), best.values[:, :top].tolist(), strict=True
+        )
+    ]

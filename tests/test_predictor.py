@@ -1,0 +1,369 @@
+"""`vlbeit.load` and `vlbeit predict`: the same answers as `vlbeit eval`, from any kind of input."""
+
+import io
+import json
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vlbeit
+from tiny_models import fill_normal
+from tiny_run import caption_of, grey_png, tiny_run, write_world
+from toy_tasks import ASK, VAL, toy_finetune, write_start, write_tasks
+from vlbeit.cli import main
+from vlbeit.config import FINETUNE_CONFIGS, RetrievalConfig
+from vlbeit.data.dataset import open_sources
+from vlbeit.data.transforms import decode_image
+from vlbeit.errors import ConfigError, InputError, VLBeitError
+from vlbeit.eval.downstream import TaskRun, held_out_stream, predict_rows
+from vlbeit.eval.fill import fill_patches, fill_words, hide_share, open_picture
+from vlbeit.eval.heldout import visits_of
+from vlbeit.nn.model import VLBeit
+from vlbeit.serve.drawing import draw_answers
+from vlbeit.serve.predictor import BATCH, MODES, PRETRAINING, Answer, Predictor, read_picture
+from vlbeit.tasks import TASKS, build_task
+from vlbeit.tasks.retrieval_index import Index
+from vlbeit.tokens.text import TextTokenizer
+
+COLOURS = ["red", "green", "blue", "white"]
+FACTS: dict[str, dict[str, Any]] = {
+    "classification": {"classes": COLOURS, "most_frequent": 0},
+    "vqa": {"answers": COLOURS, "prior": {}, "most_frequent": "red"},
+    "statements": {"prior": {}, "most_frequent": False},
+    "retrieval": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("data") / "shades")
+
+
+def untrained(task: str, data: Path, **own: Any) -> Predictor:
+    """A run of the task with random weights."""
+    shared = {name: value for name, value in vars(ASK).items() if name not in ("task", "vqa")}
+    config = FINETUNE_CONFIGS[task](**shared, **own)
+    config = replace(config, data=(str(data),))
+    model = VLBeit(config.model)
+    made = build_task(config, FACTS[task])
+    head = made.head(model, 3)
+    model.put_on(head)
+    fill_normal(model, seed=3, std=0.3)
+    run = TaskRun(
+        folder=Path("runs") / task,
+        step=1,
+        config=config,
+        model=model.eval(),
+        head=head,
+        task=made,
+        text=TextTokenizer.load(data),
+        device=torch.device("cpu"),
+    )
+    return Predictor(run, "d" * 64)
+
+
+def retrieval(data: Path, matching: float = 1.0) -> Predictor:
+    settings = RetrievalConfig(matching=matching, rerank=3 if matching else 0)
+    return untrained("retrieval", data, retrieval=settings)
+
+
+def noise(seed: int, side: int = 24) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (side, side + 5, 3), dtype=np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------ as in evaluation
+
+
+@pytest.mark.parametrize("task", ["classification", "vqa"])
+def test_a_run_answers_as_its_evaluation_does(task, data):
+    run = untrained(task, data)
+    assert isinstance(run.run, TaskRun)
+    stream = held_out_stream(run.run.config, run.run.task, run.run.text, "val")
+    rows = predict_rows(
+        run.run.task, run.model, run.run.head, stream, visits_of(stream, 0), size=7,
+        device=run.run.device, bad=[],
+    )  # fmt: skip
+    source = open_sources([data], f"task:{task}", "val")[0]
+    pictures = [source.read(int(row["record"].split(":")[1])).image() for row in rows]
+    assert len(pictures) > BATCH or task == "classification"
+    if task == "vqa":
+        found = run.answer(pictures, [row["question"] for row in rows], top=1)
+        expected = [(row["answer"], row["probability"]) for row in rows]
+    else:
+        found = run.classify(pictures, top=1)
+        expected = [(COLOURS[row["top"][0]], row["probabilities"][0]) for row in rows]
+    assert len(found) == len(rows) == VAL * (2 if task == "vqa" else 1)
+    assert [one[0].name for one in found] == [name for name, _ in expected]
+    assert [one[0].probability for one in found] == pytest.approx([p for _, p in expected])
+    assert len({one[0].probability for one in found}) > 3
+
+
+def test_candidates_are_sorted_and_classes_share_one_probability(data):
+    found = untrained("classification", data).classify(noise(0))
+    assert sum(one.probability for one in found) == pytest.approx(1)
+    assert [one.probability for one in found] == sorted((p for _, p in found), reverse=True)
+    assert {one.name for one in found} == set(COLOURS)
+    assert untrained("classification", data).classify(noise(0), top=2) == found[:2]
+
+
+def test_words_and_patches_are_filled_as_by_the_functions_of_eval(tmp_path):
+    loaded = tiny_run(write_world(tmp_path))
+    run = Predictor(loaded, "d" * 64)
+    data = grey_png(80)
+    picture = open_picture(loaded, data)
+    text = caption_of(1).replace("now", "[MASK]").replace("look", "[MASK]")
+    assert "[MASK]" in text and run.modes == ("fill_words", "fill_patches")
+    assert run.fill_words(text, data) == fill_words(loaded, text, picture)
+    assert run.fill_words(text) != run.fill_words(text, data)
+    one = run.fill_patches(data, 0.5, "red ring", seed=3)
+    other = fill_patches(loaded, picture, hide_share(loaded, 0.5, 3), "red ring")
+    assert (one.hidden == other.hidden).all() and (one.filled == other.filled).all()
+    with pytest.raises(ConfigError, match=r"in \(0, 1\]"):
+        run.fill_patches(data, 1.5)
+    with pytest.raises(InputError, match=r"has no \[MASK\]"):
+        run.fill_words("red ring")
+
+
+# ------------------------------------------------------------------ inputs
+
+
+def test_a_picture_is_the_same_in_every_form(data, tmp_path):
+    run = untrained("classification", data)
+    pixels = noise(1)
+    (tmp_path / "a.png").write_bytes(png(pixels))
+    opaque = np.concatenate([pixels, np.full((*pixels.shape[:2], 1), 255, np.uint8)], axis=2)
+    forms = [
+        tmp_path / "a.png", str(tmp_path / "a.png"), png(pixels), Image.fromarray(pixels),
+        pixels, opaque,
+    ]  # fmt: skip
+    found = [run.classify(form) for form in forms]
+    assert all(one == found[0] for one in found)
+    assert found[0] != run.classify(noise(2))
+    for one in run.classify(forms):  # several at a time change rounding only
+        assert [a.name for a in one] == [a.name for a in found[0]]
+        assert [a.probability for a in one] == pytest.approx([a.probability for a in found[0]])
+    grey = noise(1)[..., 0]
+    assert run.classify(grey) == run.classify(np.stack([grey] * 3, axis=-1))
+
+
+def test_a_pil_image_passes_the_rules_of_the_decoder():
+    """Rotation by EXIF, transparency over white, 16-bit grey: as from its bytes."""
+    file = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noise(0)).save(file, "JPEG", exif=exif)
+    clear = np.dstack([noise(1), noise(2)[..., 0]])
+    deep = io.BytesIO()
+    Image.fromarray(noise(3)[..., 0].astype(np.uint16) * 257).save(deep, "PNG")
+    for encoded in (file.getvalue(), png(clear), deep.getvalue()):
+        opened = Image.open(io.BytesIO(encoded))
+        assert (read_picture(opened) == decode_image(encoded)).all()
+    assert read_picture(Image.open(io.BytesIO(file.getvalue()))).shape == (29, 24, 3)
+    assert (read_picture(clear) == decode_image(png(clear))).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "named"),
+    [
+        ("/nowhere/a.png", InputError, "/nowhere/a.png: cannot be read"),
+        (b"<html>", InputError, "the bytes given: not_an_image"),
+        (noise(0) / 255, ConfigError, r"found \(24, 29, 3\) float64"),
+        (noise(0).transpose(2, 0, 1), ConfigError, r"found \(3, 24, 29\)"),
+        (np.zeros((0, 4, 3), np.uint8), ConfigError, r"found \(0, 4, 3\)"),
+        (7, ConfigError, "found int"),
+    ],
+)
+def test_what_is_no_picture_is_named(given, error, named, data):
+    with pytest.raises(error, match=named):
+        untrained("classification", data).classify(given)
+
+
+def test_a_single_one_goes_with_all_of_a_list(data):
+    run = untrained("vqa", data)
+    pictures, questions = [noise(0), noise(1)], ["say red", "which colour is here"]
+    alone = [run.answer(p, q) for p, q in zip(pictures, questions, strict=True)]
+    together = run.answer(pictures, questions)
+    for one, other in zip(alone, together, strict=True):  # padding changes rounding only
+        assert [a.name for a in one] == [a.name for a in other]
+        assert [a.probability for a in one] == pytest.approx([a.probability for a in other])
+    assert [one[0].name for one in run.answer(noise(0), tuple(questions))][0] == alone[0][0].name
+    assert len(run.answer(pictures, "say red", top=1)[1]) == 1
+    assert run.answer([], "say red") == []
+    with pytest.raises(ConfigError, match="lists of 2 and 3"):
+        run.answer(pictures, ["a"] * 3)
+    with pytest.raises(InputError, match="the text ' '"):
+        run.answer(noise(0), " ")
+    with pytest.raises(ConfigError, match="expected a text, found int"):
+        run.answer(noise(0), 3)  # type: ignore[call-overload]
+    with pytest.raises(ConfigError, match="top must be at least 1"):
+        run.answer(noise(0), "say red", top=0)
+
+
+# ------------------------------------------------------------------ modes
+
+
+CALLS: dict[str, tuple[Any, ...]] = {
+    "fill_words": ("a [MASK]",),
+    "fill_patches": (noise(0),),
+    "classify": (noise(0),),
+    "answer": (noise(0), "say red"),
+    "compare": (noise(0), noise(1), "red"),
+    "match": (noise(0), "red"),
+    "index": (),
+    "search": (None,),
+}
+
+
+@pytest.mark.parametrize("task", ["classification", "vqa", "retrieval", PRETRAINING])
+def test_a_mode_that_a_run_lacks_names_the_command_that_makes_one(task, data, tmp_path):
+    if task == PRETRAINING:
+        run = Predictor(tiny_run(write_world(tmp_path)), "")
+    else:
+        run = untrained(task, data)
+    assert run.trained_for == task and run.modes == MODES[task]
+    for other, methods in MODES.items():
+        command = "vlbeit pretrain" if other == PRETRAINING else f"vlbeit finetune {other} --start"
+        for method in methods:
+            if other != task:
+                with pytest.raises(ConfigError, match=f"no {method}; .*`{command}"):
+                    getattr(run, method)(*CALLS[method])
+    assert task in repr(run) and all(mode in repr(run) for mode in run.modes)
+    assert set(CALLS) == {method for methods in MODES.values() for method in methods}
+
+
+@pytest.mark.skipif("statements" not in TASKS, reason="the task is not there yet")
+def test_a_statement_is_judged_as_by_the_task(data):
+    run = untrained("statements", data)
+    found = run.compare(noise(0), [noise(1), noise(2)], "say red")
+    assert [one.true for one in found] == [one.probability > 0.5 for one in found]
+    assert run.compare(noise(0), noise(1), "say red").probability == pytest.approx(
+        found[0].probability
+    )
+    assert run.compare(noise(1), noise(0), "say red").probability != found[0].probability
+
+
+def test_matches_and_searches_are_those_of_all_pairs(data, tmp_path):
+    run = retrieval(data)
+    pictures = [noise(seed) for seed in range(5)]
+    texts = ["say red", "which colour is here", "say blue"]
+    found = [run.match(pictures, text) for text in texts]
+    similar = np.array([[one.similarity for one in row] for row in found])  # (texts, pictures)
+    names = [f"p{i}" for i in range(5)]
+    index = run.index(images=pictures, ids=names)
+    index.save(tmp_path / "index")
+    for row, text in enumerate(texts):
+        hits = run.search(Index.load(tmp_path / "index"), text=text, top=3)
+        order = np.argsort(-similar[row], kind="stable")[:3]
+        assert [hit.id for hit in hits] == [names[place] for place in order]
+        assert [hit.similarity for hit in hits] == pytest.approx(similar[row][order], abs=1e-5)
+    back = run.search(run.index(texts=texts), image=pictures[2])
+    assert [hit.id for hit in back] == [texts[i] for i in np.argsort(-similar[:, 2])]
+    shares = [one.probability for row in found for one in row]
+    assert all(share is not None and 0 < share < 1 for share in shares) and len(set(shares)) > 9
+    assert retrieval(data, matching=0).match(pictures[0], "say red").probability is None
+    for wrong in ({"image": noise(0)}, {}, {"text": "a", "image": noise(0)}):
+        with pytest.raises(ConfigError, match="an index of images is searched with one text"):
+            run.search(index, **wrong)
+    with pytest.raises(InputError, match="was made by the model"):
+        Predictor(run.run, "e" * 64).search(index, text="say red")
+    for given in ({}, {"images": []}, {"images": pictures, "texts": texts}):
+        with pytest.raises(ConfigError, match="give one list"):
+            run.index(**given)
+    with pytest.raises(ConfigError, match="as many different ids"):
+        run.index(texts=["a", "a"])
+
+
+# ------------------------------------------------------------------ drawing
+
+
+def test_bars_are_as_long_as_their_probabilities():
+    bars = [Answer("a", 0.8), Answer("b", 0.2), Answer("c", 0.0)]
+    sheet = np.asarray(draw_answers([noise(0)], "what is it?", bars)).astype(int)
+    blue = (np.abs(sheet - [0x1F, 0x6F, 0xEB]).sum(-1) < 3).sum()
+    pale = (np.abs(sheet - [0x9B, 0xB8, 0xE0]).sum(-1) < 3).sum()
+    assert pale / blue == pytest.approx(0.25, abs=0.03)
+    wide = draw_answers([noise(0), noise(1)], "long " * 200, [Answer("x" * 300, 1.0)])
+    assert wide.width > sheet.shape[1] and wide.height < 600
+    assert draw_answers([noise(0)], "", []).height > 320
+
+
+# ------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with runs: start, vqa, classification."""
+    folder = tmp_path_factory.mktemp("runs")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        for module in ("pretrain", "finetune"):
+            patch.setattr(f"vlbeit.train.{module}.matrix_limit", lambda *_: 1e11)
+        start = write_start(folder / "start", data)
+        for task in ("vqa", "classification"):
+            toy_finetune(task, start, data, folder / task, {"max_steps": 2, "save_every": 2})
+    yield folder
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    torch.use_deterministic_algorithms(False)
+
+
+def test_the_command_says_what_python_says(trained, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(grey_png(80))
+    asked = ["--image", str(tmp_path / "a.png"), "--device", "cpu"]
+    words = ["predict", str(trained / "vqa"), *asked, "--question", "say red"]
+    out = tmp_path / "drawn.png"
+    assert main([*words, "--json", "--top", "3", "--out", str(out)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = vlbeit.load(trained / "vqa", "cpu").answer(tmp_path / "a.png", "say red", top=3)
+    assert [tuple(row.values()) for row in said["answers"]] == [tuple(one) for one in expected]
+    assert said["trained_for"] == "vqa" and said["picture"] == str(out)
+    with Image.open(out) as sheet:
+        assert sheet.height > 320
+    assert main(["predict", str(trained / "classification"), *asked]) == 0
+    shown = capsys.readouterr().out
+    best = vlbeit.load(trained / "classification").classify(tmp_path / "a.png")[0]
+    assert best.name in shown and f"{100 * best.probability:.1f} %" in shown
+    assert main(["predict", str(trained / "start"), "--text", "say [MASK]"]) == 0
+    assert "[MASK] 1:" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "drawn.png"]
+
+
+@pytest.mark.parametrize(
+    ("run", "words", "named"),
+    [
+        ("vqa", ["--text", "say [MASK]"], "--text: .* takes --image, --question"),
+        ("vqa", ["--image", "a.png"], "give --question"),
+        ("classification", ["--image", "a.png", "--hide", "0.4"], "--hide: .* takes --image"),
+        ("start", ["--image", "a.png", "--question", "q"], "--question: .* takes --image, --text"),
+        ("start", ["--text", "nothing hidden"], "nothing is hidden"),
+        ("start", [], "nothing to predict"),
+    ],
+)
+def test_what_a_run_would_not_look_at_is_refused(run, words, named, trained, capsys):
+    assert main(["predict", str(trained / run), *words]) == ConfigError.exit_code
+    assert re.search(named, capsys.readouterr().err)
+
+
+def test_files_that_cannot_be_read_or_written_are_named(trained, tmp_path, capsys):
+    words = ["predict", str(trained / "classification"), "--image"]
+    assert main([*words, str(tmp_path / "no.png")]) == InputError.exit_code
+    assert "no.png: cannot be read" in capsys.readouterr().err
+    (tmp_path / "a.png").write_bytes(grey_png(80))
+    assert main([*words, str(tmp_path / "a.png"), "--out", str(tmp_path / "no" / "b.png")]) == 73
+    with pytest.raises(VLBeitError, match="no checkpoint here"):
+        vlbeit.load(tmp_path)
