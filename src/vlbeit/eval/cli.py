@@ -90,7 +90,7 @@ def show_task(found: dict[str, Any], console: Console) -> None:
         gain = percent(row["gain"], True) if "gain" in row else ""
         table.add_row(name, percent(row), guess, gain, str(row["samples"]))
     console.print(table)
-    if found["costs"]:
+    if found.get("costs"):
         console.print(", ".join(f"{name} {value:.4g}" for name, value in found["costs"].items()))
 
 

@@ -317,8 +317,8 @@ class Vqa:
 
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
         """accuracy, then accuracy of each kind."""
-        right = np.array([vqa_accuracy(row["answer"], row["given"]) for row in rows])
-        guess = np.array([vqa_accuracy(self.guess(row["kind"]), row["given"]) for row in rows])
+        right = np.array([vqa_accuracy(row["answer"], compared(row)) for row in rows])
+        guess = np.array([vqa_accuracy(self.guess(row["kind"]), compared(row)) for row in rows])
         kinds = np.array([row["kind"] for row in rows])
         found = {"accuracy": Figure.share(right.tolist(), guess.tolist())}
         names, counts = np.unique(kinds, return_counts=True)
@@ -339,6 +339,13 @@ class Vqa:
 
 KINDS_SHOWN = 12
 """Kinds that get a figure of their own."""
+
+
+def compared(row: Mapping[str, Any]) -> list[str]:
+    """What a prediction is held against: ten answers as stored, else the cleaned ones."""
+    stored = row.get("answers")
+    found: list[str] = stored if stored and len(stored) == PEOPLE else row["given"]
+    return found
 
 
 def given_answers(question: Mapping[str, Any]) -> list[str]:
