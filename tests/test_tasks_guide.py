@@ -1,4 +1,4 @@
-"""docs/tasks.md: the task that the page builds is built from its own code, trained and evaluated."""
+"""docs/tasks.md: the task that the page builds is made of its own code, trained and evaluated."""
 
 import json
 import re

@@ -241,7 +241,7 @@ class Segmentation:
         """Rows {"hits", "having", "named"}, pixels of each class: found rightly, there, named."""
         rows: dict[int, dict[str, Any]] = {}
         for places, pixels, maps in groups(batch):
-            named = self.class_maps(model, head, pixels, maps.shape[1:])
+            named = self.class_shares(model, head, pixels, maps.shape[1:]).argmax(dim=1)
             for place, said, wanted in zip(places, named, maps, strict=True):
                 matrix = confusion_matrix(said, wanted, len(self.classes))
                 rows[place] = {
@@ -251,17 +251,16 @@ class Segmentation:
                 }
         return [rows[place] for place in range(len(batch))]
 
-    def class_maps(
+    def class_shares(
         self, model: VLBeit, head: nn.Module, pixels: Tensor, size: Sequence[int]
     ) -> Tensor:
-        """(B, *size) int64: the most probable class of every pixel, as the settings say (windows,
-        scales, mirror image). Shapes: pixels (B, 3, height, width), of any size."""
+        """(B, classes, *size): the probability of every class at every pixel, as the settings say
+        (windows, scales, mirror image). Shapes: pixels (B, 3, height, width), of any size."""
 
         def scorer(part: Tensor) -> Tensor:
             return self.outputs(model, head, part, both=False)["segmentation"]
 
-        shares = class_probabilities(scorer, pixels, self._how)
-        return interpolate(shares, size).argmax(dim=1)
+        return interpolate(class_probabilities(scorer, pixels, self._how), size)
 
     def figures(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
         """mean_iou; pixel_accuracy; iou/CLASS of every class that occurs or is named."""
