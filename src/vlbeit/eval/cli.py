@@ -6,9 +6,11 @@ beside the guess that does not look at the picture.
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -29,6 +31,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--samples", type=int, default=0, help="most samples a stream; 0: all")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="settings of a fine-tuned run's evaluation, as segmentation.flip=true",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--out", help="also write the JSON to this file")
@@ -61,7 +71,10 @@ def main(argv: list[str]) -> int:
             scratch=args.scratch,
         )
     elif "task" in checkpoint.config:
-        found = evaluate_task(load_task_run(checkpoint, args.device), args.data, **given)
+        task_run = load_task_run(checkpoint, args.device, parse_settings(args.settings))
+        found = evaluate_task(task_run, args.data, **given)
+    elif args.settings:
+        raise ConfigError("--set: a pretrained run has no task whose settings it could change")
     else:
         found = evaluate_run(load_run(checkpoint.folder, args.device, quiet), args.data, **given)
     text = json.dumps(found, indent=1)
@@ -74,6 +87,24 @@ def main(argv: list[str]) -> int:
     else:
         show(found, Console())
     return 0
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE with the value as in YAML: true, 0.5, [0.5, 1.0], words.
+
+    Raises:
+        ConfigError: no such form, or a name twice.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not value or name in found:
+            raise ConfigError(f"--set {word}: expected NAME=VALUE, each name once")
+        try:
+            found[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {word}: {value!r} cannot be read as a value") from None
+    return found
 
 
 def show_task(found: dict[str, Any], console: Console) -> None:
