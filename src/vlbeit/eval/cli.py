@@ -6,6 +6,7 @@ beside the guess that does not look at the picture.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,14 @@ def main(argv: list[str]) -> int:
     text = json.dumps(found, indent=1)
     if args.out:
         Path(args.out).write_text(text + "\n")
+    # Where nobody set a width (a file, a pipe), figures need not be squeezed into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if args.json:
         print(text)
     elif "task" in found:
-        show_task(found, Console())
+        show_task(found, console)
     else:
-        show(found, Console())
+        show(found, console)
     return 0
 
 
@@ -115,11 +118,13 @@ def show_task(found: dict[str, Any], console: Console) -> None:
     )
     if found["skipped"]:
         console.print(f"{len(found['skipped'])} bad samples left out, first: {found['skipped'][0]}")
-    table = table_of("figure", "value", "without looking", "gain", "samples")
+    heads = ["figure", "value", "without looking", "samples"]
+    roomy = console.width >= 100  # a terminal of 80 columns keeps the names whole instead
+    table = table_of(*heads, *["gain"] * roomy)
     for name, row in found["figures"].items():
         guess = percent(row["baseline"]) if "baseline" in row else ""
         gain = percent(row["gain"], True) if "gain" in row else ""
-        table.add_row(name, percent(row), guess, gain, str(row["samples"]))
+        table.add_row(name, percent(row), guess, str(row["samples"]), *[gain] * roomy)
     console.print(table)
     if found.get("costs"):
         console.print(", ".join(f"{name} {value:.4g}" for name, value in found["costs"].items()))
