@@ -28,6 +28,7 @@ from vlbeit.data.loader import (
 from vlbeit.data.probe import check_sources
 from vlbeit.data.records import RecordSource
 from vlbeit.data.streams import SampleStream
+from vlbeit.data.workers import ProcessBackground
 from vlbeit.errors import ConfigError, DataBudgetError, InputError, LostWorkerError
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.types import Batch, Stream
@@ -379,6 +380,27 @@ def test_a_stopped_worker_is_ended_after_the_loader_timeout(streams: list[Sample
             pass
     assert time.perf_counter() - started < 6
     assert loader_children() == []
+
+
+def big_items(number: int) -> Iterator[bytes]:
+    """More than a pipe takes at once: the worker waits in the middle of sending."""
+    while True:
+        yield bytes(1_000_000)
+
+
+@pytest.mark.fault
+def test_a_worker_stopped_in_the_middle_of_a_batch_is_ended_after_the_loader_timeout() -> None:
+    background = ProcessBackground(big_items, workers=1, timeout=2.0)
+    rounds = background.rounds()
+    next(rounds)
+    time.sleep(0.5)  # the next item fills the pipe, and the worker waits for room
+    (worker,) = loader_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    started = time.perf_counter()
+    with pytest.raises(LostWorkerError, match=r"gave nothing for 2 s \(input.loader_timeout\)"):
+        next(rounds)
+    assert time.perf_counter() - started < 7
+    assert not loader_children()
 
 
 @pytest.mark.fault

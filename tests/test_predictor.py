@@ -29,7 +29,7 @@ from vlbeit.eval.heldout import visits_of
 from vlbeit.nn.model import VLBeit
 from vlbeit.serve.drawing import draw_answers
 from vlbeit.serve.predictor import BATCH, MODES, PRETRAINING, Answer, Predictor, read_picture
-from vlbeit.tasks import TASKS, build_task
+from vlbeit.tasks import build_task
 from vlbeit.tasks.retrieval_index import Index
 from vlbeit.tokens.text import TextTokenizer
 
@@ -228,7 +228,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("task", ["classification", "vqa", "retrieval", PRETRAINING])
+@pytest.mark.parametrize("task", ["classification", "vqa", "statements", "retrieval", PRETRAINING])
 def test_a_mode_that_a_run_lacks_names_the_command_that_makes_one(task, data, tmp_path):
     if task == PRETRAINING:
         run = Predictor(tiny_run(write_world(tmp_path)), "")
@@ -245,7 +245,6 @@ def test_a_mode_that_a_run_lacks_names_the_command_that_makes_one(task, data, tm
     assert set(CALLS) == {method for methods in MODES.values() for method in methods}
 
 
-@pytest.mark.skipif("statements" not in TASKS, reason="the task is not there yet")
 def test_a_statement_is_judged_as_by_the_task(data):
     run = untrained("statements", data)
     found = run.compare(noise(0), [noise(1), noise(2)], "say red")

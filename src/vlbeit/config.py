@@ -374,8 +374,40 @@ class RetrievalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmentationConfig:
+    """Semantic segmentation by UPerNet (paper.md 5.5). Defaults: BEiT's on ADE20K, but for `norm`.
+
+    Training crops have the size of `model.image_size`, and so have the windows of evaluation.
+    """
+
+    channels: int = 768
+    """Inside UPerNet's head."""
+    auxiliary: float = 0.4
+    """Weight of the auxiliary head's loss; 0: no such head."""
+    auxiliary_channels: int = 256
+    norm: Literal["batch", "group"] = "group"
+    """What follows a convolution. BEiT: batch norm over all GPUs. group: one picture at a time, so
+    that micro-batches change nothing."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """Size of a training picture before it is cut, uniform in this range; at 1 its shorter side is
+    that of the crop."""
+    max_share: float = 0.75
+    """A crop of which one class takes more than this share is drawn again, at most ten times;
+    1: never."""
+    inference: Literal["whole", "slide"] = "slide"
+    """Evaluation in one pass over the picture, or by windows that overlap."""
+    stride: float = 2 / 3
+    """From one window to the next, as a share of the window (BEiT: 341 of 512)."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes at which a picture is evaluated (BEiT's multi-scale: .5, .75, 1, 1.25, 1.5, 1.75)."""
+    flip: bool = False
+    """Evaluate the mirror image too."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """One fine-tuning run. A task's own class (FINETUNE_CONFIGS) adds its one group of settings."""
+    """One fine-tuning run. A task's own class (FINETUNE_CONFIGS) adds its one group of settings,
+    if it has any."""
 
     recipe: str
     task: str
@@ -419,10 +451,29 @@ class RetrievalRun(FinetuneConfig):
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatementsRun(FinetuneConfig):
+    task: Literal["statements"] = "statements"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntailmentRun(FinetuneConfig):
+    task: Literal["entailment"] = "entailment"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRun(FinetuneConfig):
+    task: Literal["segmentation"] = "segmentation"
+    segmentation: SegmentationConfig = field(default_factory=SegmentationConfig)
+
+
 FINETUNE_CONFIGS: dict[str, type[FinetuneConfig]] = {
     "classification": ClassificationRun,
     "vqa": VqaRun,
     "retrieval": RetrievalRun,
+    "statements": StatementsRun,
+    "entailment": EntailmentRun,
+    "segmentation": SegmentationRun,
 }
 """The config of each task's runs, by the name of the task."""
 

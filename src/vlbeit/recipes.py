@@ -8,6 +8,7 @@ from vlbeit.config import (
     ClassificationConfig,
     ClassificationRun,
     CropConfig,
+    EntailmentRun,
     FinetuneConfig,
     FinetuneOptimConfig,
     InputConfig,
@@ -20,6 +21,9 @@ from vlbeit.config import (
     RandAugmentConfig,
     RetrievalConfig,
     RetrievalRun,
+    SegmentationConfig,
+    SegmentationRun,
+    StatementsRun,
     TaskBatchConfig,
     TaskInputConfig,
     TextTokenizerConfig,
@@ -469,6 +473,261 @@ def base_retrieval() -> FinetuneConfig:
     )
 
 
+def tiny_statements() -> FinetuneConfig:
+    """Statements about two drawn scenes.
+
+    vlbeit finetune statements tiny --start RUN --data DIR --run-dir RUN
+    """
+    steps = 1_500
+    return StatementsRun(
+        recipe="tiny",
+        run_dir="runs/tiny-statements",
+        max_steps=steps,
+        save_every=500,
+        precision="bf16",
+        model=tiny().model,
+        # Statements name places, sizes and colours: the pictures stay as they are.
+        input=TaskInputConfig(text_length=40),
+        batch=TaskBatchConfig(size=32, micro=32),
+        optim=FinetuneOptimConfig(
+            lr=8e-4, betas=(0.9, 0.98), weight_decay=0.01, warmup_steps=60, total_steps=steps
+        ),
+        log=LogConfig(print_every=50, eval_every=500),
+    )
+
+
+def small_statements() -> FinetuneConfig:
+    """Statements about two pictures at 96 px (NLVR's boxes, pairs of photos).
+
+    vlbeit finetune statements small --start RUN --data DIR --run-dir RUN
+    """
+    steps = 2_000
+    return StatementsRun(
+        recipe="small",
+        run_dir="runs/small-statements",
+        max_steps=steps,
+        save_every=500,
+        model=replace(small().model, drop_path=0.1),
+        input=TaskInputConfig(text_length=48),
+        batch=TaskBatchConfig(size=32, micro=32),
+        optim=FinetuneOptimConfig(
+            lr=3e-4,
+            min_lr=0.0,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            warmup_steps=200,
+            total_steps=steps,
+            schedule="linear",
+        ),
+        log=LogConfig(print_every=50, eval_every=500),
+    )
+
+
+def base_statements() -> FinetuneConfig:
+    """NLVR2 at the paper's 384 px (section 3.2).
+
+    torchrun --nproc-per-node 8 -m vlbeit finetune statements base --start RUN --data NLVR2
+
+    The paper gives no more numbers; these are VLMo's (paper.md 5.2): lr 5e-5, batch 128, 10 epochs
+    (675 steps each: 86,373 statements) with 10 % warmup, linear to 0, AdamW (0.9, 0.98), weight
+    decay 0.01, drop path 0.1, 40 words, and its crop, flip and RandAugment(2, 7) as for VQA. Not
+    run by us.
+    """
+    epoch = 675
+    return StatementsRun(
+        recipe="base",
+        run_dir="runs/base-statements",
+        max_steps=10 * epoch,
+        save_every=epoch,
+        model=replace(base().model, image_size=(384, 384), drop_path=0.1),
+        input=TaskInputConfig(
+            crop=CropConfig(scale=(0.5, 1.0), flip=0.5, jitter=0.0),
+            rand_augment=RandAugmentConfig(operations=2, magnitude=7.0, spread=0.0),
+            text_length=40,
+        ),
+        batch=TaskBatchConfig(size=128, micro=16),
+        optim=FinetuneOptimConfig(
+            lr=5e-5,
+            min_lr=0.0,
+            betas=(0.9, 0.98),
+            weight_decay=0.01,
+            clip=0.0,
+            warmup_steps=epoch,
+            total_steps=10 * epoch,
+            schedule="linear",
+        ),
+        log=LogConfig(eval_every=epoch, eval_samples=7_000),
+    )
+
+
+def tiny_entailment() -> FinetuneConfig:
+    """Sentences about pictures of 40 px; the drawn world has none of its own.
+
+    vlbeit finetune entailment tiny --start RUN --data DIR --run-dir RUN
+    """
+    config = tiny_statements()
+    return EntailmentRun(
+        recipe="tiny",
+        run_dir="runs/tiny-entailment",
+        max_steps=600,
+        save_every=200,
+        model=config.model,
+        input=config.input,
+        batch=TaskBatchConfig(size=64, micro=64),
+        optim=replace(config.optim, warmup_steps=30, total_steps=600),
+        log=LogConfig(print_every=50, eval_every=200),
+    )
+
+
+def small_entailment() -> FinetuneConfig:
+    """Some thousand sentences about photos at 96 px (SNLI-VE's part on Flickr8k).
+
+    vlbeit finetune entailment small --start RUN --data DIR --run-dir RUN
+    """
+    config = small_statements()
+    return EntailmentRun(
+        recipe="small",
+        run_dir="runs/small-entailment",
+        max_steps=1_000,
+        save_every=250,
+        model=config.model,
+        input=TaskInputConfig(
+            crop=CropConfig(scale=(0.6, 1.0), flip=0.5, jitter=0.0), text_length=40
+        ),
+        batch=TaskBatchConfig(size=64, micro=64),
+        optim=replace(config.optim, warmup_steps=100, total_steps=1_000),
+        log=LogConfig(print_every=50, eval_every=250),
+    )
+
+
+def base_entailment() -> FinetuneConfig:
+    """SNLI-VE at 384 px; the paper does not have this task.
+
+    torchrun --nproc-per-node 8 -m vlbeit finetune entailment base --start RUN --data SNLIVE
+
+    ALBEF's numbers (configs/VE.yaml): lr 2e-5, cosine to 1e-6, batch 32 on each of 8 GPUs, 5
+    epochs (2,069 steps each: 529,527 sentences) with one of warmup, weight decay 0.02. Drop path
+    and text length as for NLVR2. Not run by us.
+    """
+    epoch = 2_069
+    return EntailmentRun(
+        recipe="base",
+        run_dir="runs/base-entailment",
+        max_steps=5 * epoch,
+        save_every=epoch,
+        model=replace(base().model, image_size=(384, 384), drop_path=0.1),
+        input=TaskInputConfig(
+            crop=CropConfig(scale=(0.5, 1.0), flip=0.5, jitter=0.0),
+            rand_augment=RandAugmentConfig(operations=2, magnitude=7.0, spread=0.0),
+            text_length=40,
+        ),
+        batch=TaskBatchConfig(size=256, micro=32),
+        optim=FinetuneOptimConfig(
+            lr=2e-5,
+            min_lr=1e-6,
+            weight_decay=0.02,
+            clip=0.0,
+            warmup_steps=epoch,
+            total_steps=5 * epoch,
+        ),
+        log=LogConfig(eval_every=epoch, eval_samples=5_000),
+    )
+
+
+def tiny_segmentation() -> FinetuneConfig:
+    """Figures of a drawn scene (5 shapes and the ground).
+
+    vlbeit finetune segmentation tiny --start RUN --data DIR --run-dir RUN
+    """
+    steps = 600
+    return SegmentationRun(
+        recipe="tiny",
+        run_dir="runs/tiny-segmentation",
+        max_steps=steps,
+        save_every=200,
+        precision="bf16",
+        model=tiny().model,
+        # A flip leaves a shape what it is.
+        input=TaskInputConfig(crop=CropConfig(scale=(1.0, 1.0), flip=0.5, jitter=0.0)),
+        batch=TaskBatchConfig(size=32, micro=32),
+        optim=FinetuneOptimConfig(
+            lr=1e-3, betas=(0.9, 0.98), layer_decay=0.8, warmup_steps=30, total_steps=steps
+        ),
+        log=LogConfig(print_every=50, eval_every=200),
+        segmentation=SegmentationConfig(
+            channels=48,
+            auxiliary_channels=32,
+            scale=(0.9, 1.1),
+            max_share=1.0,  # nine tenths of a scene are ground
+            inference="whole",
+        ),
+    )
+
+
+def small_segmentation() -> FinetuneConfig:
+    """Some hundred photos at 144 x 192 px (CamVid).
+
+    vlbeit finetune segmentation small --start RUN --data DIR --run-dir RUN
+    """
+    steps = 1_500
+    return SegmentationRun(
+        recipe="small",
+        run_dir="runs/small-segmentation",
+        max_steps=steps,
+        save_every=500,
+        model=replace(small().model, image_size=(144, 192), drop_path=0.1),
+        input=TaskInputConfig(crop=CropConfig(scale=(1.0, 1.0), flip=0.5, jitter=0.2)),
+        batch=TaskBatchConfig(size=16, micro=16),
+        optim=FinetuneOptimConfig(
+            lr=5e-4,
+            min_lr=0.0,
+            layer_decay=0.8,
+            warmup_steps=100,
+            total_steps=steps,
+            schedule="linear",
+        ),
+        log=LogConfig(print_every=50, eval_every=500, eval_samples=100),
+        segmentation=SegmentationConfig(
+            channels=96, auxiliary_channels=64, scale=(0.75, 1.5), inference="whole"
+        ),
+    )
+
+
+def base_segmentation() -> FinetuneConfig:
+    """ADE20K by UPerNet, from self-supervised weights without the 22K stage.
+
+    torchrun --nproc-per-node 8 -m vlbeit finetune segmentation base --start RUN --data ADE20K
+
+    The paper gives no numbers; these are BEiT's (paper.md 5.5, "without intermediate tuning"):
+    crop 512, 160k steps of 16, lr 7e-4 linear to 0, 1,500 of warmup, layer decay 0.65, weight
+    decay 0.05, drop path 0.1, UPerNet of 768 channels, auxiliary head 0.4, scale 0.5 to 2, windows
+    every 341 px. After the 22K stage: --optim.lr 3e-5 --optim.layer-decay 0.9. Other than BEiT:
+    group norm for batch norm over all GPUs, no dropout in the heads, no change of hue. Not run by
+    us.
+    """
+    return SegmentationRun(
+        recipe="base",
+        run_dir="runs/base-segmentation",
+        max_steps=160_000,
+        save_every=8_000,
+        model=replace(base().model, image_size=(512, 512), drop_path=0.1),
+        input=TaskInputConfig(crop=CropConfig(scale=(1.0, 1.0), flip=0.5, jitter=0.4)),
+        batch=TaskBatchConfig(size=16, micro=2),
+        optim=FinetuneOptimConfig(
+            lr=7e-4,
+            min_lr=0.0,
+            weight_decay=0.05,
+            layer_decay=0.65,
+            clip=0.0,
+            warmup_steps=1_500,
+            total_steps=160_000,
+            schedule="linear",
+        ),
+        log=LogConfig(eval_every=16_000, eval_samples=200),
+        segmentation=SegmentationConfig(),
+    )
+
+
 FINETUNE: dict[str, dict[str, Callable[[], FinetuneConfig]]] = {
     "classification": {
         "tiny": tiny_classification,
@@ -480,5 +739,20 @@ FINETUNE: dict[str, dict[str, Callable[[], FinetuneConfig]]] = {
         "tiny": tiny_retrieval,
         "small": small_retrieval,
         "base": base_retrieval,
+    },
+    "statements": {
+        "tiny": tiny_statements,
+        "small": small_statements,
+        "base": base_statements,
+    },
+    "entailment": {
+        "tiny": tiny_entailment,
+        "small": small_entailment,
+        "base": base_entailment,
+    },
+    "segmentation": {
+        "tiny": tiny_segmentation,
+        "small": small_segmentation,
+        "base": base_segmentation,
     },
 }

@@ -50,9 +50,13 @@ class Toy:
         ranks: int = 1,
         fault: str = "",
         save_every: int = SAVE_EVERY,
+        before: tuple[str, ...] = (),
     ) -> subprocess.Popen[str]:
-        """The job in a session of its own; its output goes to run_dir with .out at the end."""
-        words = [sys.executable, "-m"]
+        """The job in a session of its own; its output goes to run_dir with .out at the end.
+
+        `before`: words of a command that starts the job, such as `unshare`.
+        """
+        words = [*before, sys.executable, "-m"]
         if ranks > 1:
             words += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
         words += ["vlbeit", "pretrain", "tiny", "--data", str(self.data), "--run-dir", str(run_dir)]

@@ -69,6 +69,21 @@ def pad_words(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return words, np.arange(words.shape[1]) < widths[:, None]
 
 
+FILL = 255
+"""What fills up byte arrays of different sizes; in a class map it stands for no class."""
+
+
+def stack_filled(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """np.stack; bytes of different sizes are filled up to the largest with FILL, at their ends."""
+    sizes = {row.shape for row in rows}
+    if len(sizes) == 1 or rows[0].dtype != np.uint8:
+        return np.stack(rows)
+    stacked = np.full((len(rows), *map(max, zip(*sizes, strict=True))), FILL, dtype=np.uint8)
+    for place, row in enumerate(rows):
+        stacked[place][tuple(slice(side) for side in row.shape)] = row
+    return stacked
+
+
 def as_batch(stacked: Stacked) -> Batch:
     """The same memory as tensors."""
     tensors = {name: torch.from_numpy(array) for name, array in stacked["arrays"].items()}

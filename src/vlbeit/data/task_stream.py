@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vlbeit.config import FinetuneConfig
-from vlbeit.data.collate import Stacked, pad_words
+from vlbeit.data.collate import Stacked, pad_words, stack_filled
 from vlbeit.data.dataset import Dataset, open_sources
 from vlbeit.data.loader import StepLoader
 from vlbeit.data.order import SourceOrder, Visit
@@ -60,8 +60,9 @@ class Pictures:
 class Example:
     """What a task makes of one visit.
 
-    Shapes: pixels (I, 3, height, width) uint8 or None; targets without the batch dimension, of
-    the same shape in every sample of the task.
+    Shapes: pixels (I, 3, height, width) uint8 or None; targets without the batch dimension. Bytes
+    of samples of different sizes are filled up with 255; all else has the same shape in every
+    sample of the task.
     """
 
     pixels: np.ndarray | None = None
@@ -220,12 +221,12 @@ class TaskStream:
         for name in ("pixels", "depth_draws"):
             rows = [getattr(sample, name) for sample in samples]
             if rows[0] is not None:
-                arrays[name] = np.stack(rows)
+                arrays[name] = stack_filled(rows)
         words = [sample.words for sample in samples if sample.words is not None]
         if words:
             arrays["words"], arrays["word_valid"] = pad_words(words)
         for name in samples[0].targets:
-            arrays[f"targets.{name}"] = np.stack([sample.targets[name] for sample in samples])
+            arrays[f"targets.{name}"] = stack_filled([s.targets[name] for s in samples])
         return {
             "stream": self.stream,
             "sample_ids": tuple(sample.visit.sample_id for sample in samples),

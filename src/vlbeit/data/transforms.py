@@ -103,6 +103,22 @@ def upright_rgb(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> np.ndarr
         raise _damaged(error) from None
 
 
+def decode_map(data: bytes) -> np.ndarray:
+    """Encoded bytes of a class map to (H, W) uint8: grey levels or palette numbers as they are.
+
+    Raises:
+        BadImage: as `decode_image`, and unsupported_mode for anything but 8 bits a pixel.
+    """
+    image = _open(data, MAX_PIXELS)
+    if image.mode not in ("L", "P"):
+        detail = f"a class map with pixels of type {image.mode}; store it as 8-bit grey PNG"
+        raise BadImage("unsupported_mode", detail)
+    try:
+        return np.asarray(image)
+    except Exception as error:  # see decode_image
+        raise _damaged(error) from None
+
+
 def _open(data: bytes, max_pixels: int) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -223,6 +239,12 @@ def _limit_combining(text: str) -> str:
 def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) to (*size, 3): bicubic with antialiasing, squashed where the shape differs."""
     return np.asarray(_resized(image, size))
+
+
+def resize_map(classes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 to size: the nearest pixel's number, as numbers of classes have no mean."""
+    height, width = size
+    return np.asarray(Image.fromarray(classes).resize((width, height), Image.Resampling.NEAREST))
 
 
 def flip_horizontal(image: np.ndarray) -> np.ndarray:

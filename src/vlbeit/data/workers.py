@@ -141,23 +141,35 @@ class ProcessBackground(Background[T]):
 
     def _receive(self, number: int) -> tuple[T] | None:
         pipe, worker = self._pipes[number], self._workers[number]
+        # A worker that is stopped in the middle of a message keeps `recv` waiting, and `poll` does
+        # not tell: only its end ends the wait.
+        late = threading.Event()
+
+        def give_up() -> None:
+            late.set()
+            worker.kill()
+
+        alarm = threading.Timer(self._timeout, give_up)
+        alarm.daemon = True
+        alarm.start()
         try:
-            if not pipe.poll(self._timeout):
-                self.close()
-                raise LostWorkerError(
-                    f"loader worker {number} (pid {worker.pid}) gave nothing for "
-                    f"{self._timeout:g} s (input.loader_timeout) and was ended; {_ADVICE}"
-                )
             found: tuple[T] | Exception | None = pipe.recv()
         except (EOFError, OSError):
             worker.join(timeout=1.0)
             code = worker.exitcode
             how = f"ended by signal {-code}" if code is not None and code < 0 else f"left ({code})"
             self.close()
+            if late.is_set():
+                raise LostWorkerError(
+                    f"loader worker {number} (pid {worker.pid}) gave nothing for "
+                    f"{self._timeout:g} s (input.loader_timeout) and was ended; {_ADVICE}"
+                ) from None
             raise LostWorkerError(
                 f"loader worker {number} (pid {worker.pid}) {how}; {_ADVICE}, with fewer "
                 "input.workers if memory was short"
             ) from None
+        finally:
+            alarm.cancel()
         if isinstance(found, Exception):
             raise found
         return found

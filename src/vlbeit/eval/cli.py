@@ -6,9 +6,12 @@ beside the guess that does not look at the picture.
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -30,6 +33,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", default="val", choices=("train", "val", "test"))
     parser.add_argument("--samples", type=int, default=0, help="most samples a stream; 0: all")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="settings",
+        help="settings of a fine-tuned run's evaluation, as segmentation.flip=true",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--out", help="also write the JSON to this file")
@@ -72,28 +83,51 @@ def main(argv: list[str]) -> int:
         if "task" not in checkpoint.config:
             raise ConfigError(f"--submission: {checkpoint.folder} is not fine-tuned for a task")
         found = write_submission(
-            load_task_run(checkpoint, args.device),
+            load_task_run(checkpoint, args.device, parse_settings(args.settings)),
             args.data,
             Path(args.submission),
             split=args.split,
             batch_size=args.batch,
         )
     elif "task" in checkpoint.config:
-        found = evaluate_task(load_task_run(checkpoint, args.device), args.data, **given)
+        task_run = load_task_run(checkpoint, args.device, parse_settings(args.settings))
+        found = evaluate_task(task_run, args.data, **given)
+    elif args.settings:
+        raise ConfigError("--set: a pretrained run has no task whose settings it could change")
     else:
         found = evaluate_run(load_run(checkpoint.folder, args.device, quiet), args.data, **given)
     text = json.dumps(found, indent=1)
     if args.out:
         Path(args.out).write_text(text + "\n")
+    # Where nobody set a width (a file, a pipe), figures need not be squeezed into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 120)
     if args.json:
         print(text)
     elif "submission" in found:
         print(f"{found['samples']} answers ({found['split']}) in {found['submission']}")
     elif "task" in found:
-        show_task(found, Console())
+        show_task(found, console)
     else:
-        show(found, Console())
+        show(found, console)
     return 0
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE with the value as in YAML: true, 0.5, [0.5, 1.0], words.
+
+    Raises:
+        ConfigError: no such form, or a name twice.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not value or name in found:
+            raise ConfigError(f"--set {word}: expected NAME=VALUE, each name once")
+        try:
+            found[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {word}: {value!r} cannot be read as a value") from None
+    return found
 
 
 def show_task(found: dict[str, Any], console: Console) -> None:
@@ -104,13 +138,15 @@ def show_task(found: dict[str, Any], console: Console) -> None:
     )
     if found["skipped"]:
         console.print(f"{len(found['skipped'])} bad samples left out, first: {found['skipped'][0]}")
-    table = table_of("figure", "value", "without looking", "gain", "samples")
+    heads = ["figure", "value", "without looking", "samples"]
+    roomy = console.width >= 100  # a terminal of 80 columns keeps the names whole instead
+    table = table_of(*heads, *["gain"] * roomy)
     for name, row in found["figures"].items():
         guess = percent(row["baseline"]) if "baseline" in row else ""
         gain = percent(row["gain"], True) if "gain" in row else ""
-        table.add_row(name, percent(row), guess, gain, str(row["samples"]))
+        table.add_row(name, percent(row), guess, str(row["samples"]), *[gain] * roomy)
     console.print(table)
-    if found["costs"]:
+    if found.get("costs"):
         console.print(", ".join(f"{name} {value:.4g}" for name, value in found["costs"].items()))
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from vlbeit.checkpoint import TASK_FILE, Checkpoint, read_json
-from vlbeit.config import FinetuneConfig, finetune_config
+from vlbeit.config import FinetuneConfig, finetune_config, from_dict
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample
 from vlbeit.data.task_stream import TaskStream, open_task
-from vlbeit.errors import InputError
+from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.bootstrap import BLOCK, RESAMPLES, Estimate, resample_counts
 from vlbeit.eval.heldout import EVAL_SEED, batches_of, visits_of
 from vlbeit.nn.model import VLBeit
@@ -43,14 +43,25 @@ class TaskRun:
     device: torch.device
 
 
-def load_task_run(checkpoint: Checkpoint, device: str = "auto") -> TaskRun:
+def load_task_run(
+    checkpoint: Checkpoint, device: str = "auto", settings: Mapping[str, Any] = {}
+) -> TaskRun:
     """The model, head and task of a checkpoint of `vlbeit finetune`.
+
+    Args:
+        settings: by full name ("segmentation.flip"), in place of the run's: those that the task
+            says do not touch what was learned (its `eval_settings`).
 
     Raises:
         InputError: its tensors or task.json are missing or do not fit.
+        ConfigError: a setting of another kind, or a value out of range.
     """
+    facts = read_json(checkpoint.folder / TASK_FILE)
     config = finetune_config(checkpoint.config)
-    task = build_task(config, read_json(checkpoint.folder / TASK_FILE))
+    task = build_task(config, facts)
+    if settings:
+        config = with_settings(config, settings, getattr(task, "eval_settings", ()))
+        task = build_task(config, facts)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = VLBeit(config.model)
@@ -67,6 +78,25 @@ def load_task_run(checkpoint: Checkpoint, device: str = "auto") -> TaskRun:
         text=TextTokenizer.load(checkpoint.text_tokenizer),
         device=torch.device(device),
     )
+
+
+def with_settings(
+    config: FinetuneConfig, settings: Mapping[str, Any], allowed: Sequence[str]
+) -> FinetuneConfig:
+    """The config with some of its task's own settings changed.
+
+    Raises:
+        ConfigError: one that is not allowed; names those that are.
+    """
+    known = [f"{config.task}.{name}" for name in allowed]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                f"--set {name}: evaluation of {config.task} may change "
+                f"{', '.join(known) or 'no setting'}"
+            )
+    own = {name.split(".", 1)[1]: value for name, value in settings.items()}
+    return from_dict(type(config), {config.task: own}, start=config)
 
 
 def held_out_stream(

@@ -117,6 +117,13 @@ class Backbone(nn.Module):
         out: Tensor = self.norm(x)
         return out[:count]
 
+    def first(self, states: States) -> Tensor:
+        """(B, D), the first token after the final norm: [T_CLS] of a text or a pair, [I_CLS] of an
+        image."""
+        wanted = torch.zeros(states.x.shape[:2], dtype=torch.bool, device=states.x.device)
+        wanted[:, 0] = True
+        return self.rows(states, wanted)
+
 
 def layer_draws(states: States, layer: int) -> Tensor | None:
     """(B, 2): the draws of the attention and the expert branch of a layer."""

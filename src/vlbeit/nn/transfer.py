@@ -13,6 +13,7 @@ from vlbeit.nn.positions import resize_grid
 
 PRETRAINING_HEADS = "heads."
 TASK_HEAD = "task."
+NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,8 @@ class Transfer:
             ("dropped", self.dropped),
         ):
             if names:
-                parts.append(f"{len(names)} {what}: {', '.join(names)}")
+                shown = ", ".join(names[:NAMES_SHOWN]) + ", ..." * (len(names) > NAMES_SHOWN)
+                parts.append(f"{len(names)} {what}: {shown}")
         return "; ".join(parts)
 
 

@@ -17,7 +17,7 @@ def initialise(
     """Fill every parameter in place, the same for the same seed.
 
     Matrices, tables, position, [CLS] and mask vectors: normal with `std` truncated to one standard
-    deviation (BEiT: 0.02); the image's position table takes `position_std`. Biases 0, LayerNorm 1
+    deviation (BEiT: 0.02); the image's position table takes `position_std`. Biases 0, norms 1
     and 0, LayerScale and relative bias as built. Then the attention projection and every expert's
     second layer of block l (from 1) are divided by sqrt(2 l). Each parameter has its own stream,
     keyed by its name: adding one changes no other.
@@ -25,7 +25,7 @@ def initialise(
     norms = {
         id(p)
         for part in module.modules()
-        if isinstance(part, nn.LayerNorm)
+        if isinstance(part, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d))
         for p in part.parameters()
     }
     with torch.no_grad():

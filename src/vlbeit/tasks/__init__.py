@@ -15,6 +15,8 @@ To add a task NAME:
    and its line in TASKS below.
 3. `recipes.py`: entries in FINETUNE["NAME"] for tiny, small and base.
 
+docs/tasks.md goes through it with a task that runs.
+
 Loop, loader, resume, checkpoints, `vlbeit finetune NAME` and `vlbeit eval` then work. A task never
 has a forward of its own: `score` and `predict` call `model.embed_image / embed_text / embed_pair`,
 then `model.backbone.rows / taps / __call__`, then the head.
@@ -38,6 +40,9 @@ TASKS: dict[str, str] = {
     "classification": "vlbeit.tasks.classification",
     "vqa": "vlbeit.tasks.vqa",
     "retrieval": "vlbeit.tasks.retrieval",
+    "statements": "vlbeit.tasks.statements",
+    "entailment": "vlbeit.tasks.entailment",
+    "segmentation": "vlbeit.tasks.segmentation",
 }
 """The module of each task; imported when the task is used."""
 

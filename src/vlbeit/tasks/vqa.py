@@ -323,9 +323,7 @@ class Vqa:
         states = model.embed_pair(
             batch.words, batch.word_valid, batch.image(), depth_draws=batch.draws()
         )
-        wanted = torch.zeros(states.x.shape[:2], dtype=torch.bool, device=states.x.device)
-        wanted[:, 0] = True
-        logits: Tensor = head(model.backbone.rows(states, wanted))
+        logits: Tensor = head(model.backbone.first(states))
         return logits.float()
 
     def score(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> dict[str, Score]:

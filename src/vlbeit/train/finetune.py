@@ -92,7 +92,7 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
         learning=task_learning(config, model, task),
         loader=loader,
         sources=samples,
-        preprocessor=preprocessor(config),
+        preprocessor=preprocessor(config, task),
         text=text,
         visual=None,
         evaluate=lambda: held_out.measure(model, world.device),
@@ -185,13 +185,13 @@ def head_of(model: VLBeit) -> nn.Module:
     return model.task
 
 
-def preprocessor(config: FinetuneConfig) -> dict[str, Any]:
+def preprocessor(config: FinetuneConfig, task: Task) -> dict[str, Any]:
     """What somebody needs beside the weights to feed the model as in evaluation."""
     return {
         "image_size": list(config.model.image_size),
         "patch": config.model.patch,
         "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
-        "resize": "bicubic, squashed to image_size",
+        "resize": getattr(task, "resize", "bicubic, squashed to image_size"),
         "text_length": config.input.text_length,
     }
 
