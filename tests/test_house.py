@@ -224,9 +224,10 @@ def pages(root: Path) -> list[Path]:
 
 
 def test_every_command_in_the_readme_and_the_guides_exists(root):
-    shown = [words for page in pages(root) for words in commands(page.read_text())]
+    texts = [page.read_text() for page in pages(root)]
+    shown = [(words, text) for text in texts for words in commands(text)]
     assert len(shown) > 10
-    for words in shown:
+    for words, text in shown:
         assert words[0] in VERBS or words[0].startswith("-"), words
         if words[0] == "prepare":
             assert words[1] in PREPARE_NAMES or words[1].startswith("-"), words
@@ -235,6 +236,8 @@ def test_every_command_in_the_readme_and_the_guides_exists(root):
             parse_config(PretrainConfig, PRETRAIN, config, command="vlbeit pretrain")
         if words[0] == "finetune":
             task, *config = words[1:]
+            if f'FINETUNE["{task}"]' in text:
+                continue  # a task that the page itself builds; test_tasks_guide runs it
             parse_config(FINETUNE_CONFIGS[task], FINETUNE[task], config, command="vlbeit finetune")
 
 
