@@ -215,8 +215,10 @@ def summary(evaluation: Mapping[str, Any]) -> str:
         if in_attributes
         else evaluation["word_gap"]["sighted_minus_blind"]["accuracy"]
     )
-    if gap["low"] > 0 and sighted["low"] > prior:
+    if gap["low"] > 0 and sighted["low"] > prior and sighted["value"] > 2 * blind["value"]:
         text += ". So it reads the answers off the picture."
+    elif gap["low"] > 0 and sighted["low"] > prior:
+        text += f". So it looks: the picture is worth {100 * gap['value']:.1f} points."
     elif gap["low"] > 0:
         text += ". So it uses the picture, but is not clearly better than such a guess yet."
     else:
