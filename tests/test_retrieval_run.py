@@ -18,9 +18,11 @@ from vlbeit.cli import main
 from vlbeit.config import RetrievalConfig, RetrievalRun, TextTokenizerConfig
 from vlbeit.data.dataset import Dataset, SourceInfo
 from vlbeit.data.records import write_shards
+from vlbeit.errors import ConfigError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
+from vlbeit.recipes import FINETUNE
 from vlbeit.tokens.text import train_text_tokenizer
-from vlbeit.train.finetune import finetune
+from vlbeit.train.finetune import check_shares, finetune
 
 TRAIN, VAL = 24, 10
 TENS = ("dark", "dim", "pale", "light")
@@ -130,3 +132,10 @@ def test_evaluation_reranks_says_what_it_cost_and_ignores_the_batch_size(
     assert main(["eval", str(place), "--data", str(data)]) == 0
     told = capsys.readouterr().out
     assert "without looking" in told and "rerank_seconds" in told
+
+
+def test_processes_of_unlike_shares_are_refused_before_they_wait_for_each_other() -> None:
+    config = FINETUNE["retrieval"]["tiny"]()  # 64 a step
+    check_shares(config, 2)
+    with pytest.raises(ConfigError, match="64 over 3 processes.*a multiple of 3"):
+        check_shares(config, 3)

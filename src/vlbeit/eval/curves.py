@@ -76,7 +76,9 @@ def line_chart(
         parts.append(_rule(LEFT, y(tick), WIDTH - RIGHT, y(tick)))
         parts.append(_text(LEFT - 6, y(tick) + 3.5, name, "end"))
     for tick in nice_ticks(0.0, last, 4):
-        parts.append(_text(x(tick), HEIGHT - BOTTOM + 15, f"{tick:,.0f}", "middle"))
+        # The number at the right edge would stand half outside the picture.
+        anchor = "end" if x(tick) > WIDTH - 2 * RIGHT else "middle"
+        parts.append(_text(x(tick), HEIGHT - BOTTOM + 15, f"{tick:,.0f}", anchor))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 3, "step", "middle"))
     for line in shown:
         points = [(x(s), y(v)) for s, v in zip(line.steps, line.values, strict=True)]

@@ -112,6 +112,13 @@ class Task(TaskData, Protocol):
         The most important one comes first. Rows come sorted by sample id."""
 
 
+class Gathering(Protocol):
+    """What a task may also have: a `score` that gathers from all processes (contrast). Each then
+    needs as many micro-batches as the others, or they would wait for one another."""
+
+    gathers: Literal[True]
+
+
 class Matching(Protocol):
     """What a task may also have: a second look at chosen samples (retrieval's reranking)."""
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import comb
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -105,6 +105,7 @@ class Retrieval:
     """The task; holds no tensor."""
 
     stream = "task:retrieval"
+    gathers: Literal[True] = True
 
     def __init__(self, config: RetrievalRun, facts: dict[str, Any]) -> None:
         self.settings: RetrievalConfig = config.retrieval

@@ -66,6 +66,8 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
     else:
         facts = learn_facts(config, sources)
     task = build_task(config, facts)
+    if getattr(task, "gathers", False):
+        check_shares(config, world.size)
     stream = TaskStream(task, sources, text, config, training=True, passes=len(task.paths))
     world.on_main(stream.check)
     loader = task_loader(config, stream, rank=world.rank, world=world.size)
@@ -126,6 +128,15 @@ def model_of(config: FinetuneConfig, begin: Checkpoint) -> ModelConfig:
         )
     chosen = {name: getattr(config.model, name) for name in TASK_MAY_SET}
     return replace(start, **chosen)
+
+
+def check_shares(config: FinetuneConfig, processes: int) -> None:
+    """Raise ConfigError when processes would have unlike numbers of micro-batches."""
+    if config.batch.size % processes:
+        raise ConfigError(
+            f"batch.size {config.batch.size} over {processes} processes: {config.task} compares "
+            f"over all of them and needs equal shares; give a multiple of {processes}"
+        )
 
 
 def begin_weights(config: FinetuneConfig, model: VLBeit, task: Task, begin: Checkpoint) -> str:
