@@ -18,7 +18,7 @@ from toy_records import (
     toy_tokenizer,
 )
 from vlbeit.config import MaskingConfig
-from vlbeit.data.collate import Sample, collate
+from vlbeit.data.collate import Sample, collate, pad_words
 from vlbeit.data.loader import build_streams
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample, RecordSource
@@ -343,3 +343,15 @@ def test_photos_in_foreign_shards_become_samples(
     )
     batch = collate("image", [stream.sample(Visit("flickr8k", 0, i)) for i in range(8)])
     assert batch.pixels is not None and batch.pixels.float().std() > 20
+
+
+@pytest.mark.parametrize(
+    ("longest", "allowed", "columns"),
+    [(13, 40, 16), (16, 40, 16), (17, 40, 24), (13, 14, 14), (14, 14, 14), (13, 0, 13)],
+)
+def test_texts_are_filled_to_a_multiple_of_8_but_never_past_what_is_allowed(
+    longest: int, allowed: int, columns: int
+) -> None:
+    words, valid = pad_words([np.arange(longest), np.arange(5)], allowed)
+    assert words.shape == valid.shape == (2, columns)
+    assert valid.sum(axis=1).tolist() == [longest, 5]

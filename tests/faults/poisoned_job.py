@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from vlbeit.cli import command
-from vlbeit.train import loop
+from vlbeit.train import loop, pretrain
 
 ASKED = json.loads(os.environ["POISON"])
 HERE = int(os.environ["RANK"]) == ASKED["rank"]
 now = 0
 
-rate, score, sums = loop.lr_at, loop.score_batch, loop.global_sums
+rate, score, sums = loop.lr_at, pretrain.score_batch, loop.global_sums
 
 
 def told(step: int, config: Any) -> float:
@@ -65,7 +65,7 @@ def watched(run: Any, scores: Any) -> Any:
     return sums(run, scores)
 
 
-loop.lr_at, loop.score_batch, loop.global_sums = told, poisoned, watched
+loop.lr_at, pretrain.score_batch, loop.global_sums = told, poisoned, watched
 
 if __name__ == "__main__":
     command()

@@ -258,6 +258,9 @@ class PairStream(MaskedStream):
             return 0
         return Draws(self._seed, "caption", *visit).integer(0, captions)
 
+    def stack(self, samples: Sequence[Sample]) -> Stacked:
+        return stack(self.stream, samples, self._text_length)
+
     def lengths(self, visits: Sequence[Visit]) -> np.ndarray:
         found = np.zeros(len(visits), dtype=np.int64)
         for place, visit in enumerate(visits):

@@ -224,7 +224,7 @@ class TaskStream:
                 arrays[name] = stack_filled(rows)
         words = [sample.words for sample in samples if sample.words is not None]
         if words:
-            arrays["words"], arrays["word_valid"] = pad_words(words)
+            arrays["words"], arrays["word_valid"] = pad_words(words, self._text_length)
         for name in samples[0].targets:
             arrays[f"targets.{name}"] = stack_filled([s.targets[name] for s in samples])
         return {
