@@ -39,6 +39,21 @@ if mode == "agree":
     say("threads", set_threads(0, world.local_size))
     world.close()
     sys.exit(0)
+if mode == "leave":
+    import torch.distributed.nn.functional  # as the making of an optimizer does
+    from vlbeit.train.distributed import leave_group
+    def threads():
+        tasks = [f"/proc/self/task/{task}/comm" for task in os.listdir("/proc/self/task")]
+        return [open(task).read().strip() for task in tasks]
+    def train():
+        model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        for _ in range(3): model(torch.ones(1, 2)).sum().backward()
+        world.close()
+    say("during", any("gloo" in name for name in threads()))
+    train()
+    leave_group()
+    say("after", [name for name in threads() if "gloo" in name])
+    sys.exit(0)
 try:
     for step in range(100_000):
         if mode == "hang" and step == 3: time.sleep(60)
@@ -158,6 +173,14 @@ def test_all_ranks_get_the_same_sums_values_and_errors(tmp_path):
         "failed the disk is full",
     ]
     assert SaveError.exit_code == 73
+
+
+@pytest.mark.slow
+def test_no_thread_of_the_group_is_left_to_meet_an_ending_interpreter(tmp_path):
+    job = launch(tmp_path, "leave")
+    out, _ = job.communicate(timeout=90)
+    assert job.returncode == 0, out
+    assert out.count("during True") == 2 and out.count("after []") == 2, out
 
 
 @pytest.mark.slow

@@ -391,7 +391,8 @@ def test_two_ranks_train_the_tokenizer_of_one(tmp_path: Path, root: Path) -> Non
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for start, out in (([sys.executable], "one"), (launch, "two")):
         command = [*start, str(tmp_path / "train.py"), shard, str(tmp_path / out)]
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=280)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
     one, two = (load_visual_tokenizer(tmp_path / out) for out in ("one", "two"))
     assert isinstance(one, VQKDTokenizer) and isinstance(two, VQKDTokenizer)
     mine, theirs = one._model.state_dict(), two._model.state_dict()

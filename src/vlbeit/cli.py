@@ -90,6 +90,9 @@ def command() -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    distributed = sys.modules.get("vlbeit.train.distributed")
+    if distributed is not None:  # only what trains loads it
+        distributed.leave_group()
     sys.exit(code)
 
 

@@ -10,6 +10,8 @@ their exit codes.
 from __future__ import annotations
 
 import ctypes
+import gc
+import importlib
 import json
 import os
 import signal
@@ -200,8 +202,23 @@ class World:
 
     def close(self) -> None:
         """Leaves the group in good order; not after a LostWorkerError, where it could wait."""
-        if self.size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
+        if self.size > 1:
+            leave_group()
+
+
+def leave_group() -> None:
+    """Ends this process's part in the group, and the threads behind it; without one, nothing.
+
+    gloo's threads give a finished sum's tensor back a moment after its wait is over, and need the
+    interpreter for that. One that comes while the interpreter is ending aborts the process
+    (SIGABRT instead of the exit code). They end with the last reference to the group: the
+    command calls this once more when every model that held one is gone.
+    """
+    if not dist.is_available():
+        return
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # a wrapped model and its hooks are a cycle that holds the group
 
 
 def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
@@ -233,6 +250,9 @@ def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
         return world
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    # This module keeps the group there is at its import as a default argument, for ever; an
+    # optimizer imports it. Before the group is made it keeps none, so that `leave_group` ends it.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
