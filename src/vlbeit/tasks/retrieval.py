@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlbeit.config import FinetuneConfig, RetrievalConfig, RetrievalRun
+from vlbeit.data.collate import pad_words
 from vlbeit.data.records import BadSample, Record, RecordSource
 from vlbeit.data.task_stream import Example, Items, Pictures
 from vlbeit.draws import Draws, key_of
@@ -46,7 +47,7 @@ from vlbeit.tasks.contrast import (
 )
 from vlbeit.tasks.recall import combine, dual_ranks, nearest, reranked
 from vlbeit.tasks.retrieval_index import Index, Kind
-from vlbeit.types import Score, States, TaskBatch
+from vlbeit.types import Score, TaskBatch
 
 AT = (1, 5, 10)
 PAIRS = 128
@@ -415,19 +416,12 @@ def texts_of(batch: TaskBatch) -> tuple[Tensor, Tensor]:
     return batch.words, batch.word_valid
 
 
-def first_tokens(model: VLBeit, states: States) -> Tensor:
-    """(B, D): the first token of every sequence, [I_CLS] of an image, [T_CLS] of all else."""
-    wanted = torch.zeros(states.x.shape[:2], dtype=torch.bool, device=states.x.device)
-    wanted[:, 0] = True
-    return model.backbone.rows(states, wanted)
-
-
 def encode_images(
     model: VLBeit, head: RetrievalHead, pixels: Tensor, draws: Tensor | None = None
 ) -> Tensor:
     """(B, 3, height, width) to (B, D) float32 of length 1."""
     states = model.embed_image(pixels, depth_draws=draws)
-    return F.normalize(head.image(first_tokens(model, states)).float(), dim=1)
+    return F.normalize(head.image(model.backbone.first(states)).float(), dim=1)
 
 
 def encode_texts(
@@ -435,14 +429,14 @@ def encode_texts(
 ) -> Tensor:
     """(B, W) to (B, D) float32 of length 1."""
     states = model.embed_text(words, valid, draws)
-    return F.normalize(head.text(first_tokens(model, states)).float(), dim=1)
+    return F.normalize(head.text(model.backbone.first(states)).float(), dim=1)
 
 
 def fuse(
     model: VLBeit, words: Tensor, valid: Tensor, pixels: Tensor, draws: Tensor | None = None
 ) -> Tensor:
     """(B, D): [T_CLS] of every pair."""
-    return first_tokens(model, model.embed_pair(words, valid, pixels, depth_draws=draws))
+    return model.backbone.first(model.embed_pair(words, valid, pixels, depth_draws=draws))
 
 
 def match_scores(
@@ -455,12 +449,7 @@ def match_scores(
     found: list[float] = []
     for start, stop in pairwise([*range(0, len(texts), PAIRS), len(texts)]):
         part = texts[start:stop]
-        words = torch.zeros(len(part), max(len(text) for text in part), dtype=torch.int64)
-        valid = torch.zeros(words.shape, dtype=torch.bool)
-        for row, text in enumerate(part):
-            words[row, : len(text)] = torch.from_numpy(text)
-            valid[row, : len(text)] = True
-        words, valid = words.to(pixels.device), valid.to(pixels.device)
+        words, valid = (torch.from_numpy(x).to(pixels.device) for x in pad_words(part))
         fused = fuse(model, words, valid, pixels.expand(len(part), -1, -1, -1))
         found += head.match(fused)[:, 1].tolist()
     return found
