@@ -27,12 +27,7 @@ def score_rows(rows: Tensor, answers: Tensor, head: Callable[[Tensor], Tensor]) 
     Shapes: rows (N, D), answers (N,) int64.
     """
     filled = F.pad(rows, (0, 0, 0, -len(rows) % ROWS_STEP))
-    logits = head(filled)[: len(rows)].float()
-    return Score(
-        loss_sum=F.cross_entropy(logits, answers, reduction="sum"),
-        count=torch.tensor(len(answers), device=answers.device),
-        correct=(logits.detach().argmax(dim=-1) == answers).sum(),
-    )
+    return Score.of_logits(head(filled)[: len(rows)], answers)
 
 
 def score_states(

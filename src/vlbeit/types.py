@@ -15,6 +15,7 @@ from enum import StrEnum
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Stream = Literal["image", "text", "pair"]
@@ -197,6 +198,23 @@ class Score:
             loss_sum=torch.zeros((), device=device),
             count=torch.zeros((), dtype=torch.int64, device=device),
             correct=torch.zeros((), dtype=torch.int64, device=device),
+        )
+
+    @staticmethod
+    def of_logits(logits: Tensor, answers: Tensor, ignored: int = -100) -> Score:
+        """Cross-entropy, taken in float32.
+
+        Args:
+            logits: (N, classes).
+            answers: (N,) int64, a class each, or `ignored` (torch's default): such a row counts
+                nowhere.
+        """
+        logits = logits.float()
+        counted = answers != ignored
+        return Score(
+            loss_sum=F.cross_entropy(logits, answers, ignore_index=ignored, reduction="sum"),
+            count=counted.sum(),
+            correct=((logits.detach().argmax(dim=1) == answers) & counted).sum(),
         )
 
     def __add__(self, other: Score) -> Score:

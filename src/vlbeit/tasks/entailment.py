@@ -10,8 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlbeit.config import FinetuneConfig
@@ -115,14 +113,8 @@ class Entailment:
         return logits.float()
 
     def score(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> dict[str, Score]:
-        logits, label = self.logits(model, head, batch), batch.targets["label"]
-        return {
-            "entailment": Score(
-                loss_sum=F.cross_entropy(logits, label, reduction="sum"),
-                count=torch.tensor(len(batch), device=logits.device),
-                correct=(logits.detach().argmax(dim=-1) == label).sum(),
-            )
-        }
+        logits = self.logits(model, head, batch)
+        return {"entailment": Score.of_logits(logits, batch.targets["label"])}
 
     def predict(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> list[dict[str, Any]]:
         """Rows {"answer": label, "probabilities": (3,)}."""

@@ -216,12 +216,7 @@ class Retrieval:
             torch.cat((pixels, all_pixels[hard_image], pixels)),
             torch.cat([d for d in draws if d is not None]) if draws[0] is not None else None,
         )
-        logits = head.match(fused)
-        return Score(
-            loss_sum=F.cross_entropy(logits, labels, reduction="sum"),
-            count=torch.tensor(len(labels), device=labels.device),
-            correct=(logits.detach().argmax(dim=1) == labels).sum(),
-        )
+        return Score.of_logits(head.match(fused), labels)
 
     def _uniforms(self, batch: TaskBatch, kind: str) -> Tensor:
         return keyed_uniforms(batch.sample_ids, self._seed, kind)

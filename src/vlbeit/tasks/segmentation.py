@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlbeit.config import CropConfig, FinetuneConfig, SegmentationConfig, SegmentationRun
@@ -234,7 +233,7 @@ class Segmentation:
                 if list(size) != up:
                     scores = interpolate(scores, up)[..., : size[0], : size[1]]
                 rows = interpolate(scores, maps.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)
-                totals[name] = totals[name] + score_of(rows, wanted)
+                totals[name] = totals[name] + Score.of_logits(rows, wanted, IGNORED)
         return totals
 
     def predict(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> list[dict[str, Any]]:
@@ -291,16 +290,6 @@ class Segmentation:
                     baseline=(guess_hits[:, place], guess_union[:, place]),
                 )
         return found
-
-
-def score_of(rows: Tensor, wanted: Tensor) -> Score:
-    """Shapes: rows (pixels, classes) logits, wanted (pixels,) int64, IGNORED where none counts."""
-    counted = wanted != IGNORED
-    return Score(
-        loss_sum=F.cross_entropy(rows, wanted, ignore_index=IGNORED, reduction="sum"),
-        count=counted.sum(),
-        correct=((rows.detach().argmax(dim=1) == wanted) & counted).sum(),
-    )
 
 
 def groups(batch: TaskBatch) -> Iterator[tuple[list[int], Tensor, Tensor]]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlbeit.config import FinetuneConfig
@@ -173,14 +172,7 @@ class Statements:
 
     def score(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> dict[str, Score]:
         logits = self.logits(model, head, batch)
-        truth = batch.targets["truth"]
-        return {
-            "statements": Score(
-                loss_sum=F.cross_entropy(logits, truth, reduction="sum"),
-                count=torch.tensor(len(batch), device=logits.device),
-                correct=(logits.detach().argmax(dim=-1) == truth).sum(),
-            )
-        }
+        return {"statements": Score.of_logits(logits, batch.targets["truth"])}
 
     def predict(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> list[dict[str, Any]]:
         """Rows {"answer": true or false, "probability": that it is true}."""
