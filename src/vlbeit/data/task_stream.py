@@ -91,6 +91,18 @@ class Items:
         return Items(np.arange(len(source), dtype=np.int64), none, none)
 
     @staticmethod
+    def of_text(source: RecordSource, name: str) -> "Items":
+        """One sample a record, whose text is the member `name` of its JSON object."""
+
+        def length(index: int) -> int:
+            try:
+                return len(read_field(source.read(index, only=("json",)), name, str))
+            except BadSample:
+                return 0  # named and counted when the loader meets it
+
+        return Items.of((index, 0, length(index)) for index in range(len(source)))
+
+    @staticmethod
     def of(rows: Iterable[tuple[int, int, int]]) -> "Items":
         """From (record, number, length) rows."""
         table = np.array(list(rows), dtype=np.int64).reshape(-1, 3)

@@ -6,7 +6,7 @@ accuracy, in all and by label, beside the label that training shows most.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,15 +66,7 @@ class Entailment:
     # ---- data
 
     def items(self, source: RecordSource, training: bool) -> Items:
-        def rows() -> Iterator[tuple[int, int, int]]:
-            for index in range(len(source)):
-                try:
-                    record = source.read(index, only=("json",))
-                    yield index, 0, len(read_field(record, "hypothesis", str))
-                except BadSample:
-                    yield index, 0, 0
-
-        return Items.of(rows())
+        return Items.of_text(source, "hypothesis")
 
     def example(
         self, source: RecordSource, record: int, number: int, pictures: Pictures, draws: Draws

@@ -7,7 +7,7 @@ beside what is most often the truth in training.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -110,15 +110,7 @@ class Statements:
     # ---- data
 
     def items(self, source: RecordSource, training: bool) -> Items:
-        def rows() -> Iterator[tuple[int, int, int]]:
-            for index in range(len(source)):
-                try:
-                    record = source.read(index, only=("json",))
-                    yield index, 0, len(read_field(record, "statement", str))
-                except BadSample:
-                    yield index, 0, 0
-
-        return Items.of(rows())
+        return Items.of_text(source, "statement")
 
     def example(
         self, source: RecordSource, record: int, number: int, pictures: Pictures, draws: Draws
