@@ -59,15 +59,12 @@ def stack(stream: Stream, samples: Sequence[Sample], allowed: int = 0) -> Stacke
         if rows[0] is not None:
             arrays[name] = np.stack(rows)
     if samples[0].words is not None:
-        widths = np.array([len(s.words) for s in samples if s.words is not None])
-        shape = (len(samples), padded_width(int(widths.max()), allowed))
-        arrays["words"] = np.full(shape, TextTokenizer.pad, dtype=np.int64)
-        arrays["words_given"] = arrays["words"].copy()
-        arrays["word_masked"] = np.zeros(shape, dtype=bool)
-        arrays["word_valid"] = np.arange(shape[1]) < widths[:, None]
-        for row, sample in enumerate(samples):
-            for name in ("words", "words_given", "word_masked"):
-                arrays[name][row, : widths[row]] = getattr(sample, name)
+        for name in ("words", "words_given"):
+            texts = [getattr(sample, name) for sample in samples]
+            arrays[name], arrays["word_valid"] = pad_words(texts, allowed)
+        masked = [sample.word_masked for sample in samples if sample.word_masked is not None]
+        arrays["word_masked"] = np.zeros_like(arrays["word_valid"])
+        arrays["word_masked"][arrays["word_valid"]] = np.concatenate(masked)
     return {
         "stream": stream,
         "sample_ids": tuple(sample.visit.sample_id for sample in samples),
