@@ -16,10 +16,7 @@ The tool rounds percentages to two digits; nothing is rounded here. Releases of 
 2017 normalised less of the people's answers; this is the later one, which the challenge used.
 """
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from vlbeit.data.vqa_answers import form_or_nothing, normalise_answer
 
@@ -70,56 +67,3 @@ def answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
     said = form_or_nothing(prediction)
     same = sum(form_or_nothing(answer) == said for answer in answers) if said else 0
     return score_of(same, len(answers))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnsweredQuestion:
-    """A prediction with what is known of its question."""
-
-    prediction: str
-    answers: tuple[str, ...]
-    answer_type: str
-    """"yes/no", "number" or "other"."""
-    question_type: str
-    """The question's first words, as the annotations give them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mean:
-    value: float
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class VqaTable:
-    """Mean accuracies in [0, 1]; a question counts once in each of the three."""
-
-    overall: Mean
-    answer_types: dict[str, Mean]
-    question_types: dict[str, Mean]
-
-
-def vqa_table(questions: Iterable[AnsweredQuestion]) -> VqaTable:
-    """The table of a set of questions; their order changes nothing, not even the last bit.
-
-    Raises:
-        ValueError: no question, or one without ten answers.
-    """
-    overall: list[float] = []
-    by_answer, by_question = defaultdict(list), defaultdict(list)
-    for question in questions:
-        accuracy = vqa_accuracy(question.prediction, question.answers)
-        overall.append(accuracy)
-        by_answer[question.answer_type].append(accuracy)
-        by_question[question.question_type].append(accuracy)
-    if not overall:
-        raise ValueError("accuracy of no question at all")
-    return VqaTable(
-        overall=mean(overall),
-        answer_types={name: mean(values) for name, values in sorted(by_answer.items())},
-        question_types={name: mean(values) for name, values in sorted(by_question.items())},
-    )
-
-
-def mean(values: list[float]) -> Mean:
-    return Mean(value=math.fsum(values) / len(values), count=len(values))
