@@ -114,6 +114,19 @@ def test_an_answer_list_that_is_given_keeps_its_order_in_every_form(tmp_path):
         prepare("vqa", table, "--answers", twice, "--out", tmp_path / "no")
 
 
+def test_a_guess_counts_as_much_as_evaluation_gives_it(tmp_path):
+    """Of ten people 0 to 4 say what is most frequent in train; then 1 of 2 and 1 of 4."""
+    put(tmp_path / "0.png", drawn(0))
+    put(tmp_path / "1.png", drawn(1))
+    said = [["A red!"] * n + [f"other {i}" for i in range(10 - n)] for n in range(5)]
+    said += [["red", "blue"], ["red", "blue", "green", "white"]]
+    rows = [{"image": "0.png", "question": "which?", "answer": "Red", "split": "train"}]
+    rows += [{"image": "1.png", "question": "which?", "answers": a, "split": "val"} for a in said]
+    prepare("vqa", put_rows(tmp_path / "q.jsonl", rows), "--out", tmp_path / "out")
+    reached = facts(tmp_path / "out")["baselines"]["vqa"]["val"]["majority"]
+    assert reached == pytest.approx((0 + 0.3 + 0.6 + 0.9 + 1 + 1 / 2 + 1 / 3) / 7)
+
+
 def test_min_answers_leaves_rare_answers_out_of_the_list_and_not_out_of_the_records(tmp_path):
     rows = [{"image": "0.png", "question": f"q {n}?", "answer": "a b c d"[n]} for n in (0, 2)]
     rows += [{"image": "0.png", "question": "q?", "answer": "c"}] * 2

@@ -13,11 +13,11 @@ import pytest
 
 from vlbeit.config import VqaConfig
 from vlbeit.data.records import Record
+from vlbeit.data.vqa_answers import vqa_accuracy
 from vlbeit.draws import Draws
 from vlbeit.eval.downstream import estimates
 from vlbeit.tasks import Figure
 from vlbeit.tasks.vqa import Vqa
-from vlbeit.tasks.vqa_accuracy import vqa_accuracy
 
 # -- the second implementation ---------------------------------------------------------------
 

@@ -16,9 +16,14 @@ from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample, RecordSource, write_shards
 from vlbeit.data.task_stream import TaskStream
 from vlbeit.data.transforms import BadText
-from vlbeit.data.vqa_answers import answer_form, form_or_nothing, normalise_answer
+from vlbeit.data.vqa_answers import (
+    answer_accuracy,
+    answer_form,
+    form_or_nothing,
+    normalise_answer,
+    vqa_accuracy,
+)
 from vlbeit.tasks.vqa import Vqa, learn_facts
-from vlbeit.tasks.vqa_accuracy import answer_accuracy, vqa_accuracy
 from vlbeit.tokens.text import TextTokenizer
 
 FACTS = {

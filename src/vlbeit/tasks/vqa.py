@@ -25,14 +25,13 @@ from vlbeit.config import FinetuneConfig, VqaConfig, VqaRun
 from vlbeit.data.records import BadSample, Record, RecordSource
 from vlbeit.data.task_stream import Example, Items, Pictures, facts_of, read_field
 from vlbeit.data.transforms import BadText
-from vlbeit.data.vqa_answers import answer_form, form_or_nothing
+from vlbeit.data.vqa_answers import answer_accuracy, answer_form, form_or_nothing, score_of
 from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.weights import initialise
 from vlbeit.tasks import Figure
 from vlbeit.tasks import Path as Way
-from vlbeit.tasks.vqa_accuracy import answer_accuracy, score_of
 from vlbeit.types import Score, TaskBatch
 
 KINDS_SHOWN = 12

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from vlbeit.data.prepare.class_maps import IGNORE
-from vlbeit.data.vqa_answers import normalise_answer
+from vlbeit.data.vqa_answers import answer_accuracy, form_or_nothing, normalise_answer
 
 PREFIX_WORDS: Final = 5
 """Words of a question that stand for its kind."""
@@ -86,14 +86,12 @@ def _words(question: Mapping[str, Any]) -> list[str]:
 
 
 def _answer_of(question: Mapping[str, Any]) -> str:
-    return normalise_answer(question["answer"])
+    return form_or_nothing(question["answer"])
 
 
 def _share_right(guess: str, question: Mapping[str, Any]) -> float:
-    """1 or 0; with ten people's answers min(matches / 3, 1)."""
-    if people := question.get("answers"):
-        return min(sum(guess == normalise_answer(said) for said in people) / 3, 1.0)
-    return float(guess == normalise_answer(question["answer"]))
+    """As evaluation scores it, in [0, 1]."""
+    return answer_accuracy(guess, question.get("answers") or [question["answer"]])
 
 
 class LabelSummary:
