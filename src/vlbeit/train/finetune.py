@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -22,12 +21,14 @@ from vlbeit.tokens.text import TextTokenizer
 from vlbeit.train.limit import matrix_limit
 from vlbeit.train.loop import Learning
 from vlbeit.train.opening import (
+    SQUASHED,
     Opened,
     RunningMean,
     check_same_data,
     check_same_run,
     learn,
     open_run,
+    preprocessing,
 )
 from vlbeit.train.optim import build_optimizer
 from vlbeit.types import Score, TaskBatch
@@ -94,7 +95,7 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
         learning=task_learning(config, model, task),
         loader=loader,
         sources=samples,
-        preprocessor=preprocessor(config, task),
+        preprocessor=preprocessing(config, getattr(task, "resize", SQUASHED)),
         text=text,
         visual=None,
         evaluate=lambda: held_out.measure(model, world.device),
@@ -194,17 +195,6 @@ def head_of(model: VLBeit) -> nn.Module:
     if model.task is None:
         raise ValueError("a model without a task's head")
     return model.task
-
-
-def preprocessor(config: FinetuneConfig, task: Task) -> dict[str, Any]:
-    """What somebody needs beside the weights to feed the model as in evaluation."""
-    return {
-        "image_size": list(config.model.image_size),
-        "patch": config.model.patch,
-        "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
-        "resize": getattr(task, "resize", "bicubic, squashed to image_size"),
-        "text_length": config.input.text_length,
-    }
 
 
 def summary(

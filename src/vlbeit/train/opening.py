@@ -178,6 +178,29 @@ def source_facts(
     return {stream: {s.name: len(s) for s in group} for stream, group in sources.items()}
 
 
+SQUASHED = "bicubic, squashed to image_size"
+
+
+def preprocessing(
+    config: PretrainConfig | FinetuneConfig, resize: str = SQUASHED
+) -> dict[str, Any]:
+    """preprocessor.json: what somebody needs beside the weights to feed the model.
+
+    Args:
+        resize: how a picture that is not augmented gets the model's size, in words.
+    """
+    found = {
+        "image_size": list(config.model.image_size),
+        "patch": config.model.patch,
+        "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
+        "resize": resize,
+        "text_length": config.input.text_length,
+    }
+    if isinstance(config, PretrainConfig):
+        found["pair_text_length"] = config.input.pair_text_length
+    return found
+
+
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"optim.lr": 0.002, ...}"""
     leaves: dict[str, Any] = {}
@@ -251,6 +274,7 @@ def learn(
     Args:
         model, optimizer: fresh or as they start; a resume overwrites them from the checkpoint.
         sources: samples by stream and source (`source_facts`).
+        preprocessor: what `preprocessing` says.
         evaluate: held-out scores of the model as it is, the columns of a row of eval.jsonl;
             empty: nothing held out.
         summary: the line that says what is trained on what.

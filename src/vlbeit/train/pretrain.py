@@ -26,6 +26,7 @@ from vlbeit.train.opening import (
     check_same_run,
     learn,
     open_run,
+    preprocessing,
     source_facts,
     wait_for,
 )
@@ -86,7 +87,7 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
         learning=masked_prediction(config, model, visual),
         loader=loader,
         sources=facts,
-        preprocessor=preprocessor(config),
+        preprocessor=preprocessing(config),
         text=text,
         visual=visual,
         evaluate=evaluate,
@@ -145,18 +146,6 @@ def check_tokenizers(
             f"model.patch is {config.model.patch}, the visual tokenizer's is {visual.patch}: "
             "every patch needs one code"
         )
-
-
-def preprocessor(config: PretrainConfig) -> dict[str, Any]:
-    """What somebody needs beside the weights to feed the model as in training."""
-    return {
-        "image_size": list(config.model.image_size),
-        "patch": config.model.patch,
-        "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
-        "resize": "bicubic, squashed to image_size",
-        "pair_text_length": config.input.pair_text_length,
-        "text_length": config.input.text_length,
-    }
 
 
 def summary(
