@@ -285,7 +285,7 @@ def base_classification() -> FinetuneConfig:
 
 
 def tiny_vqa() -> FinetuneConfig:
-    """Questions about a drawn scene: 82 % right after 4 minutes on one core (docs/notebook.md).
+    """Questions about a drawn scene: 82 % right after 262 s on one core (docs/notebook.md).
 
     vlbeit finetune vqa tiny --start RUN --data DIR --run-dir RUN
     """

@@ -35,7 +35,7 @@ BUCKET = 64
 `batch.micro`, which a resume may change: the order of a run must not move with it."""
 BUCKETS_A_STEP = 16
 """Least number of such groups in a step. Captions of one length are captions of one kind: when
-64 pairs of `tiny` were one group, its steps pulled to and fro and it learned at a third of the
+64 pairs of `tiny` were one group, its steps pulled to and fro and it learned at about half the
 speed (docs/notebook.md)."""
 
 JUDGED_FROM = 200
