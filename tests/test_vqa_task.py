@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tiny_run import grey_png
 from toy_tasks import VAL, toy_config, write_tasks
@@ -23,6 +24,7 @@ from vlbeit.data.vqa_answers import (
     normalise_answer,
     vqa_accuracy,
 )
+from vlbeit.nn.model import VLBeit
 from vlbeit.tasks.vqa import Vqa, learn_facts
 from vlbeit.tokens.text import TextTokenizer
 
@@ -203,3 +205,12 @@ def test_what_is_said_about_a_sample_is_read_without_its_picture(data, monkeypat
     found = [stream.about(Visit("vqa", 0, i)) for i in range(2 * VAL)]
     assert asked == [{"json"}] * (2 * VAL)
     assert [{k: v for k, v in row.items() if k != "record"} for row in found] == whole
+
+
+def test_a_fresh_head_says_of_each_answer_how_often_it_is_given(tmp_path):
+    asked = [{"question": f"what is {n} ?", "answer": "yes" if n < 6 else "no"} for n in range(8)]
+    facts = learn_facts(toy_config("vqa"), [source_of(tmp_path, [[q] for q in asked])])
+    task = Vqa(VqaConfig(), facts)
+    assert facts["answers"] == ["yes", "no"]
+    head = task.head(VLBeit(toy_config("vqa").model), seed=0)
+    torch.testing.assert_close(head.fc2.bias.sigmoid(), torch.tensor([6 / 8, 2 / 8]))

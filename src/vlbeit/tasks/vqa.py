@@ -11,6 +11,7 @@ have no answer: they are refused by name, except for a submission.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ class AnswerHead(nn.Module):
 
 
 def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
-    """{"answers": the list, "prior": {kind: answer}, "most_frequent": answer}.
+    """{"answers": the list, "log_odds": of each in training, "prior": {kind: answer},
+    "most_frequent": answer}.
 
     Raises:
         InputError: no list, an empty one, or one that no training question is answered by.
@@ -80,9 +82,20 @@ def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict
         )
     return {
         "answers": answers,
+        "log_odds": log_odds([main[answer] for answer in answers], main.total()),
         "prior": {kind: most_frequent(counts) for kind, counts in sorted(by_kind.items())},
         "most_frequent": most_frequent(main),
     }
+
+
+def log_odds(counts: Sequence[int], total: int) -> list[float]:
+    """log(p / (1 - p)) of shares p = count / total, kept half a question from 0 and 1.
+
+    >>> [round(value, 2) for value in log_odds([1, 2, 0, 4], 4)]
+    [-1.1, 0.0, -1.95, 1.95]
+    """
+    kept = (min(max(count, 0.5), total - 0.5) for count in counts)
+    return [math.log(count / (total - count)) for count in kept]
 
 
 def answer_list(config: VqaRun, main: Counter[str]) -> list[str]:
@@ -305,8 +318,17 @@ class Vqa:
     # ---- model
 
     def head(self, model: VLBeit, seed: int) -> AnswerHead:
+        """Fresh; it says how often each answer is the main one in training.
+
+        From logits of 0 the sum over all answers starts at 0.69 times their number, and the first
+        steps' gradients say of nearly every answer, whatever is asked, that it is not the one
+        (RetinaNet, section 4.1, has the rule for its many background boxes). The paper and VLMo
+        do not say how the bias starts.
+        """
         head = AnswerHead(model.config.width, len(self.answers), model.config.norm_eps)
         initialise(head, seed, model.config.init_std)
+        with torch.no_grad():
+            head.fc2.bias.copy_(torch.tensor(self.facts["log_odds"]))
         return head
 
     def frozen(self, name: str) -> bool:
