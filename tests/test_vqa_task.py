@@ -214,3 +214,15 @@ def test_a_fresh_head_says_of_each_answer_how_often_it_is_given(tmp_path):
     assert facts["answers"] == ["yes", "no"]
     head = task.head(VLBeit(toy_config("vqa").model), seed=0)
     torch.testing.assert_close(head.fc2.bias.sigmoid(), torch.tensor([6 / 8, 2 / 8]))
+
+
+def test_the_shuffle_window_counts_records_however_many_questions_each_has(tmp_path, data):
+    # Shards that differ: the first holds questions 0 to 19, the second 20 to 39. Two windows of
+    # eight questions would come from one shard, one of eight records is all there is.
+    asked = [[{"question": "how many", "answer": "2"}] * 5] * 8
+    source, task = source_of(tmp_path, asked), Vqa(VqaConfig(), FACTS)
+    (order,) = stream_of(task, source, data, training=True).orders(window=8, bucket=1)
+    drawn = order.ids(0, 40)
+    assert sorted(drawn.tolist()) == list(range(40))
+    first = (drawn[:16] < 20).sum()
+    assert 2 <= first <= 14, f"{first} of the first 16 questions are of the first shard"

@@ -304,6 +304,7 @@ class TaskInputConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Share of a source, by source name; a source not named counts its samples."""
     shuffle_window: int = 4096
+    """Records shuffled together after the shards are shuffled, with all their samples."""
     skip_budget: float = 0.01
     workers: int = 0
     loader_timeout: float = 60.0

@@ -263,13 +263,18 @@ class TaskStream:
 
     def orders(self, window: int, bucket: int) -> list[SourceOrder]:
         """Not by length, other than captions: questions of like length ask for like things, and a
-        step of one kind of question teaches badly. `lengths` sorts within the step."""
+        step of one kind of question teaches badly. `lengths` sorts within the step.
+
+        `window` counts records: a window of as many questions would be one shard of a thousand
+        scenes, and the steps would go through the shards one by one, whatever each holds.
+        """
         made = []
         for name, source in self._sources.items():
             record = self._items[name].record
             shard = np.searchsorted(np.cumsum(source.sizes), record, side="right")
             sizes = np.bincount(shard, minlength=len(source.sizes))
-            made.append(SourceOrder(name, sizes[sizes > 0], self._seed, window))
+            samples = max(window, window * len(record) // len(source))
+            made.append(SourceOrder(name, sizes[sizes > 0], self._seed, samples))
         return made
 
     def check(self) -> None:
