@@ -26,6 +26,17 @@ from vlbeit.eval.report import (
     write_report,
 )
 from vlbeit.eval.report_html import picture
+from vlbeit.eval.report_tasks import (
+    HEADLINES,
+    AskedExample,
+    Candidate,
+    MapExample,
+    RankedExample,
+    RankedPicture,
+    TaskResult,
+    coloured,
+    tasks_part,
+)
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 SVG_EMPTY = {"line", "circle", "polyline", "polygon"}
@@ -211,6 +222,76 @@ def test_right_and_wrong_words_differ_by_more_than_their_colour():
     assert "\u2717" in wrong and "<s>blue</s>" in wrong and "red" in wrong
     plain = said([Word("a", True), Word("ring", True), Word("s", False)])
     assert plain == "a rings"
+
+
+# --- tasks ---------------------------------------------------------------------------------------
+
+
+def task_result(task, *examples):
+    def estimate(value):
+        return {"value": value, "low": value - 0.02, "high": value + 0.02}
+
+    found = {**estimate(0.8), "samples": 200, "baseline": estimate(0.3), "gain": estimate(0.5)}
+    figures = {line.figures[-1]: found for line in HEADLINES[task]}
+    evaluation = {"task": task, "step": 9, "samples": 200, "figures": figures}
+    return TaskResult(evaluation=evaluation, examples=examples)
+
+
+def pixels_of(shade):
+    return np.full((32, 32, 3), shade, np.uint8)
+
+
+def asked(text, *candidates, pictures=1):
+    shown = tuple(pixels_of(40 * place) for place in range(pictures))
+    return AskedExample(pictures=shown, text=text, candidates=candidates, truth="red")
+
+
+def test_a_fine_tuned_demo_has_its_tasks_on_the_page(tmp_path):
+    run = tiny_run(write_world(tmp_path))
+    attack = "<b>what</b> colour?"
+    right = Candidate("red", 0.9, True)
+    wrong = Candidate("blue", 0.4, False)
+    near = [RankedPicture(
+        pixels=pixels_of(i), caption=f"scene {i}", similarity=0.9 - i / 10, probability=None,
+        right=i == 1,
+    ) for i in range(3)]  # fmt: skip
+    classes = np.zeros((32, 32), np.uint8)
+    results = [
+        task_result("vqa", asked(attack, right, wrong), asked("second?", wrong)),
+        task_result("retrieval", RankedExample(caption=attack, pictures=tuple(near), among=90)),
+        task_result("classification", asked("", right)),
+        task_result("statements", asked("both are red", right, wrong, pictures=2)),
+        task_result("segmentation", MapExample(
+            pixels=pixels_of(9), said=classes, truth=np.tri(32, dtype=np.uint8),
+            classes=("ground", "ring"),
+        )),
+    ]  # fmt: skip
+    out = write_report(tmp_path, evaluate_run(run), tmp_path / "out.html", run=run, tasks=results)
+    page = Reader(out.read_text())
+    text = " ".join("".join(page.text).split())
+    for words in ("80.0 % [78.0, 82.0]", "30.0 %", "+50.0 %", "90 held-out scenes", "R@1"):
+        assert words in text
+    assert attack in text and "<b>" not in out.read_text()
+    assert "right would be: red" in text  # where no candidate is right
+    assert "The first of these is right in 1" in text
+    for attrs in page.all("img"):
+        assert attrs["alt"].strip() and attrs["src"].startswith("data:image/png;base64,")
+
+
+def test_a_page_without_tasks_says_nothing_of_them(report):
+    assert tasks_part([]) == []
+    assert "fine-tuned" not in report
+
+
+def test_a_right_answer_differs_by_more_than_its_colour():
+    (html,) = tasks_part([task_result("vqa", asked("?", Candidate("red", 0.9, True)))])
+    assert "\u2713" in html and "right: " in html
+
+
+def test_no_two_classes_of_a_map_look_the_same_and_none_is_black():
+    maps = coloured(np.array([[*range(30), 255]], np.uint8), [str(i) for i in range(30)])
+    assert len({tuple(pixel) for pixel in maps[0].tolist()}) == 31
+    assert maps[0, -1].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

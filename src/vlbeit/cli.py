@@ -32,7 +32,7 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "demo": Verb(
-        "the first minutes: draw a small world, train on it, write report.html",
+        "the first minutes: draw a small world, pretrain and fine-tune on it, write report.html",
         "vlbeit.train.demo:main",
     ),
     "prepare": Verb(

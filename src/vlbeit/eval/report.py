@@ -25,7 +25,18 @@ from vlbeit.eval.evaluate import (
 from vlbeit.eval.examples import Example, Word, pair_examples
 from vlbeit.eval.fill import FilledPatches, panels
 from vlbeit.eval.heldout import batches_of, held_out_streams, visits_of
-from vlbeit.eval.report_html import key, page, paragraph, picture, section, table, unseen
+from vlbeit.eval.report_html import (
+    key,
+    page,
+    paragraph,
+    percent,
+    picture,
+    section,
+    table,
+    unseen,
+    with_interval,
+)
+from vlbeit.eval.report_tasks import TaskResult, headline_rows, tasks_part
 
 EXAMPLES = 12
 """Held-out pairs whose hidden words are shown."""
@@ -79,6 +90,7 @@ def write_report(
     *,
     run: LoadedRun,
     seconds: Mapping[str, float] | None = None,
+    tasks: Sequence[TaskResult] = (),
     title: str = "",
 ) -> Path:
     """Write the page.
@@ -87,6 +99,7 @@ def write_report(
         run_dir: its metrics.jsonl and eval.jsonl are drawn, its env.json is shown.
         evaluation: what `evaluate_run` gave for `run`.
         seconds: wall time by phase, where the caller knows it.
+        tasks: runs that were fine-tuned from this one, in the order of the page.
 
     Raises:
         SaveError: the page cannot be written.
@@ -97,10 +110,13 @@ def write_report(
     pairs = streams.get("pair")
     examples = [] if pairs is None else pair_examples(run, pairs, EXAMPLES)
     parts = [
-        header_part(title or f"Pretraining run: {run.config.recipe}", run, evaluation, metrics),
+        header_part(
+            title or f"Pretraining run: {run.config.recipe}", run, evaluation, metrics, tasks
+        ),
         *gap_part(evaluation),
         *words_part(examples),
         *patches_part(examples, evaluation),
+        *tasks_part(tasks),
         *curves_part(metrics, evals, evaluation),
         *tokenizer_part(run, streams),
         settings_part(run, run_dir, evaluation, metrics, seconds or {}),
@@ -122,17 +138,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 # --- words and numbers ---------------------------------------------------------------------------
-
-
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f} %"
-
-
-def with_interval(estimate: Mapping[str, float], *, signed: bool = False) -> str:
-    """HTML: the value and, small, its interval; all as percentages."""
-    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
-    sign = "+" if signed else ""
-    return f"{value:{sign}.1f} % <small>[{low:{sign}.1f}, {high:{sign}.1f}]</small>"
 
 
 def nats(estimate: Mapping[str, float], *, signed: bool = False) -> str:
@@ -164,6 +169,7 @@ def header_part(
     run: LoadedRun,
     evaluation: Mapping[str, Any],
     metrics: Sequence[Mapping[str, Any]],
+    tasks: Sequence[TaskResult],
 ) -> str:
     """Title, what this is, the summary and the key figures."""
     parameters = sum(p.numel() for p in run.model.parameters()) / 1e6
@@ -180,7 +186,7 @@ def header_part(
             f"<h1>{escape(title)}</h1>",
             paragraph(what, "soft"),
             paragraph(summary(evaluation), "lead"),
-            figures(evaluation),
+            figures(evaluation, tasks),
             "</header>",
         ]
     )
@@ -232,7 +238,7 @@ def summary(evaluation: Mapping[str, Any]) -> str:
     return text
 
 
-def figures(evaluation: Mapping[str, Any]) -> str:
+def figures(evaluation: Mapping[str, Any], tasks: Sequence[TaskResult]) -> str:
     """The key figures as cards."""
     cards: list[tuple[str, str, str, str]] = []
 
@@ -253,6 +259,10 @@ def figures(evaluation: Mapping[str, Any]) -> str:
     if mim is not None:
         small = f"most frequent code {percent(mim['top_share'])}"
         cards.append(("", "image codes right", percent(mim["accuracy"]["value"]), small))
+    for task in tasks:
+        for line, found in headline_rows(task.evaluation):
+            small = f"without looking {percent(found['baseline']['value'])}"
+            cards.append(("", line.words, percent(found["value"]), small))
     items = "".join(
         f'<div class="figure {kind}"><dt>{escape(name)}</dt><dd>{escape(value)}</dd>'
         f'<dd class="small">{escape(small)}</dd></div>'

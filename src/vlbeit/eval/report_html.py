@@ -6,7 +6,7 @@ URIs, and a content security policy forbids the rest.
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -29,7 +29,7 @@ main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: clamp(1.7rem, 5vw, 2.5rem); line-height: 1.15; margin: 0 0 .4rem;
   letter-spacing: -.02em; }
 h2 { font-size: 1.35rem; line-height: 1.25; margin: 3.2rem 0 .5rem; letter-spacing: -.01em; }
-h3 { font-size: 1rem; margin: 0 0 .3rem; }
+h3 { font-size: 1rem; margin: 0 0 .3rem; } section > h3 { margin-top: 2rem; }
 p { margin: .5rem 0; max-width: 46rem; }
 .lead { font-size: 1.15rem; margin: 1.1rem 0; }
 .soft, figcaption, caption, .note { color: var(--soft); font-size: .9rem; }
@@ -102,6 +102,25 @@ img.pixels { image-rendering: pixelated; }
 .strip { display: grid; grid-template-columns: repeat(5, minmax(0, 1fr)); gap: .6rem; }
 .strip figure { margin: 0; } .strip img { width: 100%; }
 .strip figcaption { font-size: .78rem; line-height: 1.3; margin-top: .3rem; }
+.strip .right img, .shown .right { outline: 3px solid var(--good); outline-offset: 1px; }
+.strip .right figcaption { color: var(--good); font-weight: 600; }
+.strip.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+.stack { display: grid; gap: 1rem; margin: 1rem 0; }
+.asked { font-weight: 600; margin: 0 0 .6rem; line-height: 1.35; }
+.shown { display: flex; gap: .6rem; flex: none; } .answered { flex: 1; min-width: 0; }
+.scene.two { flex-wrap: wrap; } .scene.two .answered { flex-basis: 13rem; }
+.bars { list-style: none; margin: 0; padding: 0; font-size: .9rem; }
+.bars li { display: grid; gap: .5rem; align-items: center; padding: .12rem 0;
+  grid-template-columns: minmax(5rem, 1fr) minmax(4rem, 1fr) 2.8rem; }
+.bars .track { height: .7rem; border-radius: .2rem; background: var(--rule); overflow: hidden; }
+.bars .track span { display: block; height: 100%; background: var(--level); }
+.bars .right { color: var(--good); font-weight: 600; }
+.bars .right .track span { background: var(--good); }
+.bars small { text-align: right; font-variant-numeric: tabular-nums; }
+.swatches { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; list-style: none; padding: 0;
+  margin: .6rem 0; font-size: .9rem; }
+.swatches span { display: inline-block; width: .9rem; height: .9rem; border-radius: .2rem;
+  margin-right: .45rem; vertical-align: -.1rem; border: 1px solid var(--rule); }
 .codes { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: .6rem; }
 .codes figure { margin: 0; } .codes img { width: 100%; }
 .codes img + img { margin-top: .35rem; }
@@ -114,6 +133,7 @@ footer { margin-top: 4rem; border-top: 1px solid var(--rule); padding-top: 1rem;
 @media (max-width: 34rem) {
   main { padding: 1.5rem 1rem 3rem; } .scene img { width: 5.5rem; }
   .strip { grid-template-columns: repeat(3, minmax(0, 1fr)); }
+  .scene.two { display: block; } .scene.two .shown { margin-bottom: .6rem; }
   dl.words { grid-template-columns: 1fr; gap: 0; } dl.words dd { margin-bottom: .6rem; }
   th, td { padding: .42rem .5rem; } th:first-child { min-width: 5.5rem; }
   .tick { font-size: 15px; } .tick.strong { font-size: 17px; }
@@ -196,6 +216,17 @@ def picture(pixels: np.ndarray, alt: str) -> str:
         f'<img{_kind(kind)} alt="{escape(alt)}" width="{width}" height="{height}" '
         f'src="data:image/png;base64,{data}">'
     )
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def with_interval(estimate: Mapping[str, float], *, signed: bool = False) -> str:
+    """HTML: the value and, small, its interval; all as percentages."""
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    sign = "+" if signed else ""
+    return f"{value:{sign}.1f} % <small>[{low:{sign}.1f}, {high:{sign}.1f}]</small>"
 
 
 def unseen(text: str) -> str:

@@ -1,11 +1,14 @@
-"""`vlbeit demo`: the first minutes. Draw a small world, train on it, show what was learned.
+"""`vlbeit demo`: draw a small world, pretrain on it, fine-tune on tasks, show what was learned.
 
-vlbeit demo --run-dir runs/demo
+vlbeit demo --run-dir runs/demo                         VQA and retrieval
+vlbeit demo --run-dir runs/demo --all-tasks             every task of the drawn world
+vlbeit demo --run-dir runs/demo --tasks segmentation    one more; what is done stays in the table
 
     report.html    the page to look at
     metrics.json   the figures; phases.json: seconds of each phase
     scenes/        the drawn world and its text tokenizer
     pretrain/      the run folder, the visual tokenizer included
+    tasks/vqa/     the run folder of a task; so for each
 
 The same command on the same folder goes on where it was stopped.
 """
@@ -15,31 +18,46 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from vlbeit import __version__
-from vlbeit.config import PretrainConfig, digest
+from vlbeit.checkpoint import find_checkpoint
+from vlbeit.config import FinetuneConfig, PretrainConfig, digest
 from vlbeit.data.dataset import Dataset
 from vlbeit.data.loader import open_streams
 from vlbeit.data.manifest import write_atomic
 from vlbeit.data.scene_world import SIDE
 from vlbeit.data.scenes import WORLD_VERSION, prepare_scenes
 from vlbeit.errors import ConfigError
-from vlbeit.eval.cli import show
+from vlbeit.eval.cli import percent, show, table_of
 from vlbeit.eval.evaluate import evaluate_run, load_run
 from vlbeit.eval.report import duration, read_rows, write_report
+from vlbeit.eval.report_tasks import TaskResult, headline_rows
 from vlbeit.recipes import tiny
+from vlbeit.train.demo_tasks import (
+    DEFAULT_TASKS,
+    DRAWN_TASKS,
+    finished_tasks,
+    in_demo,
+    measure_task,
+    parse_tasks,
+    task_configs,
+    task_metrics,
+    train_task,
+)
 from vlbeit.train.distributed import init_world, set_threads
 from vlbeit.train.pretrain import pretrain
 from vlbeit.train.runfolder import RunFolder
 from vlbeit.train.tokenizers import find_tokenizers, train_missing_tokenizers
-from vlbeit.validate import validate
+from vlbeit.validate import validate, validate_finetune
 
 COUNT = 8_000
 """Scenes of each stream; the recipe's 2,200 steps see every pair 18 times."""
@@ -50,8 +68,10 @@ PHASES = {
     "visual_tokenizer": "train the visual tokenizer",
     "pretrain": "pretrain",
     "evaluate": "evaluate on held-out scenes",
+    **{f"finetune_{task}": f"fine-tune: {words}" for task, words in DRAWN_TASKS.items()},
     "report": "write the report",
 }
+"""In their order; what a phase does, in words. Fine-tuning includes the task's evaluation."""
 
 
 def main(argv: list[str]) -> int:
@@ -66,7 +86,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--count", type=int, default=COUNT, help="scenes of each stream")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--precision", default="", choices=("fp32", "bf16"))
-    parser.add_argument("--max-steps", type=int, help="stop pretraining earlier")
+    parser.add_argument("--max-steps", type=int, help="stop pretraining and each task earlier")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--tasks",
+        default=",".join(DEFAULT_TASKS),
+        metavar="TASK,...",
+        help=f"some of {','.join(DRAWN_TASKS)}, or none (default: %(default)s)",
+    )
+    chosen.add_argument("--all-tasks", action="store_true", help="all of these")
     args = parser.parse_args(argv)
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("the demo is one process; start it without torchrun")
@@ -78,19 +106,24 @@ def main(argv: list[str]) -> int:
         precision=args.precision or config.precision,
         max_steps=config.max_steps if args.max_steps is None else args.max_steps,
     )
-    run_demo(args.run_dir, config, args.count)
+    names = tuple(DRAWN_TASKS) if args.all_tasks else parse_tasks(args.tasks)
+    run_demo(args.run_dir, config, args.count, task_configs(names, args.max_steps))
     return 0
 
 
-def run_demo(folder: Path, config: PretrainConfig, count: int = COUNT) -> dict[str, Any]:
+def run_demo(
+    folder: Path, config: PretrainConfig, count: int = COUNT, tasks: Sequence[FinetuneConfig] = ()
+) -> dict[str, Any]:
     """Run, or go on with, the demo in `folder`; returns what metrics.json holds.
 
     Args:
         config: a pretraining recipe; folder, data and logging are set here.
+        tasks: a recipe for each task; folder, start, data, seed, device, precision and threads
+            are set here. Tasks that an earlier command finished are shown too.
 
     Raises:
         ConfigError: the folder holds a demo with another count or seed.
-        VLBeitError: whatever ends a phase early; see `pretrain`.
+        VLBeitError: whatever ends a phase early; see `pretrain` and `finetune`.
     """
     every = evaluation_steps(config.max_steps)
     config = replace(
@@ -100,8 +133,14 @@ def run_demo(folder: Path, config: PretrainConfig, count: int = COUNT) -> dict[s
         log=replace(config.log, eval_every=every),
     )
     validate(config)
+    asked = {task.task: in_demo(task, folder, config) for task in tasks}
+    for task in asked.values():
+        validate_finetune(task)
     with RunFolder(folder) as demo:
-        clock = PhaseClock(folder / "phases.json")
+        planned = {name for name in PHASES if not name.startswith("finetune_")}
+        planned |= {f"finetune_{name}" for name in asked}
+        clock = PhaseClock(folder / "phases.json", planned, demo.log)
+        console = Console(width=None if sys.stdout.isatty() else 120)
         with clock.phase("prepare"):
             prepare(folder / "scenes", count, config.seed, demo)
         with clock.phase("visual_tokenizer"):
@@ -110,7 +149,9 @@ def run_demo(folder: Path, config: PretrainConfig, count: int = COUNT) -> dict[s
             pretrain(config)
         with clock.phase("evaluate"):
             run = load_run(folder / "pretrain", config.device, demo.log)
-            evaluation = evaluate_run(run)
+            evaluation = evaluate_run(run, config.data)
+            show(evaluation, console)
+        results = fine_tune(folder, config, asked, clock, demo)
         with clock.phase("report"):
             write_report(
                 folder / "pretrain",
@@ -118,13 +159,14 @@ def run_demo(folder: Path, config: PretrainConfig, count: int = COUNT) -> dict[s
                 folder / "report.html",
                 run=run,
                 seconds=clock.in_words(),
+                tasks=results,
                 title="VL-BEiT in a drawn world",
             )
         evals = read_rows(folder / "pretrain" / "eval.jsonl")
         env = json.loads((folder / "pretrain" / "env.json").read_text())
-        metrics = metrics_of(evaluation, evals, run.config, clock.seconds, env)
+        metrics = metrics_of(evaluation, results, evals, run.config, clock.seconds, env)
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
-        show(evaluation, Console())
+        console.print(result_table(evaluation, results, console.width))
         for words, seconds in clock.in_words().items():
             demo.log(f"{duration(seconds):>12}  {words}")
         demo.log(f"{duration(sum(clock.seconds.values())):>12}  together")
@@ -133,9 +175,63 @@ def run_demo(folder: Path, config: PretrainConfig, count: int = COUNT) -> dict[s
     return metrics
 
 
+def fine_tune(
+    folder: Path,
+    config: PretrainConfig,
+    asked: Mapping[str, FinetuneConfig],
+    clock: "PhaseClock",
+    demo: RunFolder,
+) -> list[TaskResult]:
+    """Train what is asked for and is not done, measure it, and what was done before."""
+    begin = find_checkpoint(folder / "pretrain", demo.log)
+    done = finished_tasks(folder, begin, demo.log)
+    results = []
+    for name in DRAWN_TASKS:
+        if name not in asked and name not in done:
+            continue
+        with clock.phase(f"finetune_{name}"):
+            if name in asked:
+                with own_signals():
+                    train_task(asked[name], begin, demo.log)
+            else:
+                demo.log(f"done by an earlier command: {folder / 'tasks' / name}")
+            results.append(measure_task(folder / "tasks" / name, config.device, demo.log))
+            for line, found in headline_rows(results[-1].evaluation):
+                demo.log(
+                    f"{line.words} {percent(found)}, without looking {percent(found['baseline'])}"
+                )
+    return results
+
+
+def result_table(evaluation: Mapping[str, Any], results: Sequence[TaskResult], width: int) -> Table:
+    """Every headline figure beside what is reached without looking; the terminal's last word.
+
+    Args:
+        width: columns of the terminal; a narrow one is not told how the baseline is made.
+    """
+    roomy = ["which is"] if width >= 100 else []
+    table = table_of("on held-out scenes", "figure", "without looking", *roomy)
+    words, mim = evaluation["attributes"], evaluation["objectives"]["mim"]
+    rows = [
+        ("hidden attribute words", words["sighted"], percent(words["blind"]), "another picture"),
+        (
+            "hidden image codes (MIM)",
+            mim["accuracy"],
+            f"{100 * mim['top_share']:.1f} %",
+            "most frequent code",
+        ),
+    ]
+    for result in results:
+        for line, found in headline_rows(result.evaluation):
+            rows.append((line.words, found, percent(found["baseline"]), line.baseline))
+    for name, found, baseline, how in rows:
+        table.add_row(name, percent(found), baseline, *([how] if roomy else []))
+    return table
+
+
 @contextlib.contextmanager
 def own_signals() -> Iterator[None]:
-    """`pretrain` takes SIGTERM and SIGINT over, to save before it stops; what comes after it has
+    """A run takes SIGTERM and SIGINT over, to save before it stops; what comes after it has
     nothing to save and stops at once again."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = [signal.getsignal(number) for number in numbers]
@@ -149,8 +245,18 @@ def own_signals() -> Iterator[None]:
 class PhaseClock:
     """Seconds by phase, kept in a file so that an interrupted demo adds up."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(
+        self,
+        path: Path,
+        planned: Collection[str] = (),
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """
+        Args:
+            planned: phases of this command.
+            log: is told what begins and what of the plan is still to come.
+        """
+        self._path, self._planned, self._log = path, planned, log
         self.seconds: dict[str, float] = {}
         if path.is_file():
             self.seconds = {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
@@ -162,6 +268,13 @@ class PhaseClock:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time inside to the phase, one of PHASES, also when it ends by an error."""
+        order = list(PHASES)
+        later = [
+            words
+            for other, words in PHASES.items()
+            if other in self._planned and order.index(other) > order.index(name)
+        ]
+        self._log(f"--- {PHASES[name]}" + (f"   (then: {'; '.join(later)})" if later else ""))
         began = time.monotonic()
         try:
             yield
@@ -215,6 +328,7 @@ def train_tokenizers(config: PretrainConfig, demo: RunFolder) -> None:
 
 def metrics_of(
     evaluation: Mapping[str, Any],
+    results: Sequence[TaskResult],
     evals: list[dict[str, Any]],
     config: PretrainConfig,
     seconds: Mapping[str, float],
@@ -223,7 +337,8 @@ def metrics_of(
     """metrics.json: shares in [0, 1], losses in nats, times in seconds.
 
     `mvlm_word_accuracy` is the headline figure over hidden attribute words; `blind` is with
-    another picture, `prior` the share of the most frequent word of the same kind.
+    another picture, `prior` the share of the most frequent word of the same kind. `tasks` holds
+    an entry for each task, see `task_metrics`.
     """
     attributes, mim = evaluation["attributes"], evaluation["objectives"]["mim"]
 
@@ -253,6 +368,7 @@ def metrics_of(
             "steps": evaluation["step"],
             "samples": evaluation["samples"],
         },
+        "tasks": dict(task_metrics(result.evaluation) for result in results),
         "seconds": {**seconds, "together": sum(seconds.values())},
         "config_digest": digest(config),
         "versions": {"vlbeit": __version__, **{k: v for k, v in env["versions"].items() if v}},
