@@ -17,6 +17,8 @@ from PIL import Image
 import vlbeit
 from tiny_models import fill_normal
 from tiny_run import caption_of, grey_png, tiny_run, write_world
+from tiny_tasks import CONFIGS, batch_of, block_picture, toy_task
+from tiny_tasks import write_tasks as write_other_tasks
 from toy_tasks import ASK, VAL, toy_finetune, write_start, write_tasks
 from vlbeit.cli import main
 from vlbeit.config import FINETUNE_CONFIGS, RetrievalConfig
@@ -24,12 +26,30 @@ from vlbeit.data.dataset import open_sources
 from vlbeit.data.transforms import decode_image
 from vlbeit.errors import ConfigError, InputError, VLBeitError
 from vlbeit.eval.downstream import TaskRun, held_out_stream, predict_rows
+from vlbeit.eval.drawing import (
+    DISTINCT,
+    class_colour,
+    draw_answers,
+    draw_classes,
+    draw_confusion,
+    draw_ranked,
+)
 from vlbeit.eval.fill import fill_patches, fill_words, hide_share, open_picture
 from vlbeit.eval.heldout import visits_of
 from vlbeit.nn.model import VLBeit
-from vlbeit.serve.drawing import draw_answers
-from vlbeit.serve.predictor import BATCH, MODES, PRETRAINING, Answer, Predictor, read_picture
+from vlbeit.nn.upernet import resize
+from vlbeit.serve.predictor import (
+    BATCH,
+    MODES,
+    PRETRAINING,
+    Answer,
+    Predictor,
+    Relation,
+    largest_at,
+    read_picture,
+)
 from vlbeit.tasks import build_task
+from vlbeit.tasks.entailment import CLASSES
 from vlbeit.tasks.retrieval_index import Index
 from vlbeit.tokens.text import TextTokenizer
 
@@ -39,6 +59,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "vqa": {"answers": COLOURS, "prior": {}, "most_frequent": "red"},
     "statements": {"prior": {}, "most_frequent": False},
     "retrieval": {},
+    "entailment": {"most_frequent": 0},
+    "segmentation": {"classes": ["ground", "red", "green"], "most_frequent": 0},
 }
 
 
@@ -47,10 +69,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("data") / "shades")
 
 
+@pytest.fixture(scope="module")
+def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statements, entailment and segmentation."""
+    return write_other_tasks(tmp_path_factory.mktemp("data") / "blocks")
+
+
 def untrained(task: str, data: Path, **own: Any) -> Predictor:
     """A run of the task with random weights."""
-    shared = {name: value for name, value in vars(ASK).items() if name not in ("task", "vqa")}
-    config = FINETUNE_CONFIGS[task](**shared, **own)
+    if task in CONFIGS:
+        config = replace(CONFIGS[task], **own)
+    else:
+        shared = {name: value for name, value in vars(ASK).items() if name not in ("task", "vqa")}
+        config = FINETUNE_CONFIGS[task](**shared, **own)
     config = replace(config, data=(str(data),))
     model = VLBeit(config.model)
     made = build_task(config, FACTS[task])
@@ -225,10 +256,13 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "match": (noise(0), "red"),
     "index": (),
     "search": (None,),
+    "rerank": ([],),
+    "entail": (noise(0), "red"),
+    "segment": (noise(0),),
 }
 
 
-@pytest.mark.parametrize("task", ["classification", "vqa", "statements", "retrieval", PRETRAINING])
+@pytest.mark.parametrize("task", MODES)
 def test_a_mode_that_a_run_lacks_names_the_command_that_makes_one(task, data, tmp_path):
     if task == PRETRAINING:
         run = Predictor(tiny_run(write_world(tmp_path)), "")
@@ -253,6 +287,80 @@ def test_a_statement_is_judged_as_by_the_task(data):
         found[0].probability
     )
     assert run.compare(noise(1), noise(0), "say red").probability != found[0].probability
+
+
+def test_a_sentence_is_judged_as_by_the_task(other_data):
+    run = untrained("entailment", other_data)
+    _, stream, _ = toy_task("entailment", other_data, training=False)
+    batch = batch_of(stream, "entailment", [0, 1, 2])
+    expected = run.run.task.predict(run.model, run.run.head, batch)
+    source = open_sources([other_data], "task:entailment", "train")[0]
+    records = [source.read(i) for i in range(3)]
+    said = [json.loads(record.members["json"])["hypothesis"] for record in records]
+    found = run.entail([record.image() for record in records], said)
+    for one, row in zip(found, expected, strict=True):
+        assert tuple(one) == pytest.approx(row["probabilities"]) and sum(one) == pytest.approx(1)
+        assert one.label == CLASSES[row["answer"]]
+    assert run.entail(records[0].image(), said[0]) == pytest.approx(found[0])
+    assert Relation._fields == CLASSES
+
+
+@pytest.mark.parametrize("mode", ["whole", "slide"])
+def test_a_map_has_the_size_of_the_picture_and_the_pixels_that_evaluation_counts(mode, other_data):
+    settings = replace(CONFIGS["segmentation"].segmentation, inference=mode, flip=True)
+    run = untrained("segmentation", other_data, segmentation=settings)
+    _, stream, _ = toy_task("segmentation", other_data, training=False)
+    pictures = [block_picture(i)[0] for i in range(3)]
+    found = run.segment(pictures)
+    for i, one in enumerate(found):
+        batch = batch_of(stream, "segmentation", [i])
+        row = run.run.task.predict(run.model, run.run.head, batch)[0]
+        counted = one.classes[2:]  # the first rows of these maps are of no class
+        assert one.classes.shape == pictures[i].shape[:2] and one.classes.dtype == np.uint8
+        assert np.bincount(counted.ravel(), minlength=3).tolist() == row["named"]
+        assert [s.number for s in one.shares] == sorted(
+            np.unique(one.classes), key=lambda n: -(one.classes == n).sum()
+        )
+        assert sum(s.share for s in one.shares) == pytest.approx(1)
+        assert all(one.names[s.number] == s.name for s in one.shares)
+    assert (run.segment(png(pictures[0])).classes == found[0].classes).all()
+    assert len({s.number for one in found for s in one.shares}) > 1
+
+
+def test_the_largest_class_is_that_of_all_classes_at_once(gen):
+    shares = torch.randn(7, 5, 6, generator=gen).softmax(dim=0)
+    for size in ((5, 6), (13, 31), (3, 2)):
+        expected = resize(shares[None], size)[0].argmax(dim=0)
+        assert torch.equal(largest_at(shares, size).long(), expected)
+
+
+def test_reranking_orders_by_the_fused_pass_and_keeps_what_was_found(data):
+    run = retrieval(data)
+    pictures = {f"p{i}": noise(i) for i in range(6)}
+    index = run.index(images=[*pictures.values()], ids=[*pictures])
+    found = run.search(index, text="say red", top=4)
+    again = run.rerank(found, text="say red", read=pictures.__getitem__)
+    assert {one.id for one in again} == {one.id for one in found}
+    for one in again:
+        match = run.match(pictures[one.id], "say red")
+        assert one.similarity == pytest.approx(match.similarity, abs=1e-5)
+        assert one.probability == pytest.approx(match.probability, rel=1e-4)
+    texts = ["say red", "which colour is here", "say blue"]
+    back = run.search(run.index(texts=texts), image=pictures["p0"], top=3)
+    backwards = run.rerank(back, image=pictures["p0"])
+    shares = [run.match(pictures["p0"], one.id).probability for one in backwards]
+    assert [one.probability for one in backwards] == pytest.approx(shares, rel=1e-4)
+    alone = RetrievalConfig(matching=1.0, rerank=3, rule="matching")
+    by_logit = untrained("retrieval", data, retrieval=alone)
+    logits = by_logit.rerank(back, image=pictures["p0"])
+    assert {one.id for one in logits} == set(texts)
+    assert run.rerank([], text="say red") == []
+    with pytest.raises(ConfigError, match="one text or picture of the query"):
+        run.rerank(found)
+    dual = retrieval(data, matching=0)
+    assert "rerank" not in dual.modes
+    with pytest.raises(ConfigError, match="no matching head"):
+        dual.rerank(found, text="say red", read=pictures.__getitem__)
 
 
 def test_matches_and_searches_are_those_of_all_pairs(data, tmp_path):
@@ -296,8 +404,39 @@ def test_bars_are_as_long_as_their_probabilities():
     pale = (np.abs(sheet - [0x9B, 0xB8, 0xE0]).sum(-1) < 3).sum()
     assert pale / blue == pytest.approx(0.25, abs=0.03)
     wide = draw_answers([noise(0), noise(1)], "long " * 200, [Answer("x" * 300, 1.0)])
-    assert wide.width > sheet.shape[1] and wide.height < 600
+    assert wide.width > 2 * 320 and wide.height < 600
     assert draw_answers([noise(0)], "", []).height > 320
+
+
+def test_a_class_map_is_drawn_in_the_colours_of_its_legend():
+    classes = np.zeros((24, 29), dtype=np.uint8)
+    classes[:, 20:] = 2
+    black = np.zeros((24, 29, 3), dtype=np.uint8)
+    shares = [("ground", 0, 20 / 29), ("green", 2, 9 / 29)]
+    sheet = np.asarray(draw_classes(black, classes, shares)).astype(int)
+    over = [(np.abs(sheet - 0.55 * np.array(class_colour(n))).sum(-1) < 3).sum() for n in (0, 2)]
+    assert over[1] / over[0] == pytest.approx(9 / 20, abs=0.05)
+    for number in (0, 2):
+        assert (sheet == class_colour(number)).all(-1).sum() > 200  # the legend
+    many = [(f"class {n}", n, 1 / 150) for n in range(150)]
+    assert draw_classes(black, classes, many).height < 500
+    assert len({class_colour(n) for n in range(256)}) == 256 > len(DISTINCT)
+
+
+def test_ranked_pictures_stand_in_rows_of_five():
+    lines = ["a-very-long-name-of-a-file-that-does-not-fit-below-it.jpg", "cosine 0.5"]
+    five = draw_ranked([noise(i) for i in range(5)], "a query", [lines] * 5)
+    six = draw_ranked([noise(i) for i in range(6)], "a query", [lines] * 6)
+    assert five.width == six.width and six.height > 1.5 * five.height
+
+
+def test_a_confusion_matrix_is_darker_where_more_are():
+    counts = np.array([[8, 2], [0, 10]])
+    sheet = np.asarray(draw_confusion(["cat", "dog"], counts)).astype(int)
+    red = (np.abs(sheet - sheet.reshape(-1, 3)[0]).sum(-1) > 0) & (sheet[..., 0] > sheet[..., 2])
+    blue = (sheet == (31, 111, 235)).all(-1)
+    assert blue.sum() > 1000 and red.sum() > 1000  # all dogs; two cats
+    assert draw_confusion([str(n) for n in range(200)], np.eye(200, dtype=int)).width < 1100
 
 
 # ------------------------------------------------------------------ the command
@@ -356,6 +495,36 @@ def test_the_command_says_what_python_says(trained, tmp_path, capsys):
 def test_what_a_run_would_not_look_at_is_refused(run, words, named, trained, capsys):
     assert main(["predict", str(trained / run), *words]) == ConfigError.exit_code
     assert re.search(named, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "key", "size"),
+    [
+        ("statements", ["a.png", "--right", "b.png", "--statement", "red"], "answers", (680, 340)),
+        ("entailment", ["a.png", "--hypothesis", "it is dark"], "answers", (730, 340)),
+        ("segmentation", ["a.png"], "classes", (900, 340)),
+        ("retrieval", ["a.png", "b.png", "--text", "say red"], "pictures", (400, 200)),
+    ],
+)
+def test_a_run_of_every_task_is_asked_and_drawn(
+    task, words, key, size, data, other_data, tmp_path, monkeypatch, capsys
+):
+    made = retrieval(data) if task == "retrieval" else untrained(task, other_data)
+    monkeypatch.setattr("vlbeit.serve.predict.load", lambda *_: made)
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "b.png"):
+        Path(name).write_bytes(png(noise(ord(name[0]))))
+    words = ["predict", "RUN", "--out", "drawn.png", "--image", *words]
+    assert main([*words, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["trained_for"] == task and said["picture"] == "drawn.png" and len(said[key]) > 0
+    with Image.open("drawn.png") as sheet:
+        assert sheet.width >= size[0] and sheet.height >= size[1]
+    assert main(words) == 0
+    assert "drawn in drawn.png" in capsys.readouterr().out
+    if task != "retrieval":
+        assert main([*words, "--image", "a.png", "b.png"]) == ConfigError.exit_code
+        assert "looks at one picture, found 2" in capsys.readouterr().err
 
 
 def test_files_that_cannot_be_read_or_written_are_named(trained, tmp_path, capsys):

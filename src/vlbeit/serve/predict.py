@@ -5,35 +5,43 @@ pretrained       vlbeit predict RUN --image dog.jpg --text "a [MASK] dog on the 
 classification   vlbeit predict RUN --image dog.jpg
 vqa              vlbeit predict RUN --image dog.jpg --question "what colour is the dog?"
 statements       vlbeit predict RUN --image left.jpg --right right.jpg --statement "both are dogs"
-retrieval        vlbeit predict RUN --image dog.jpg --text "a brown dog on the grass"
+entailment       vlbeit predict RUN --image dog.jpg --hypothesis "an animal is outside"
+segmentation     vlbeit predict RUN --image street.jpg --out classes.png
+retrieval        vlbeit predict RUN --image dog.jpg cat.jpg --text "a brown dog on the grass"
 
 --out FILE draws the answer as a PNG; filled patches are always drawn (default: beside the picture).
+Of many pictures `vlbeit index` keeps the vectors, for `vlbeit search`.
 """
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from vlbeit.errors import ConfigError, SaveError
 from vlbeit.eval.cli import table_of
+from vlbeit.eval.drawing import draw_answers, draw_classes, draw_ranked
 from vlbeit.eval.fill import draw_filled
-from vlbeit.serve.drawing import draw_answers
 from vlbeit.serve.predictor import PRETRAINING, Answer, Predictor, load, read_picture
+from vlbeit.tasks.retrieval_index import Found
 from vlbeit.tokens.text import MASK
 
-NEEDED = {
-    "classification": ("image",),
-    "vqa": ("image", "question"),
-    "statements": ("image", "right", "statement"),
-    "retrieval": ("image", "text"),
-}
-"""What must be given to ask a fine-tuned run. Pretrained ones take any of image, text and hide."""
-INPUTS = ("image", "right", "question", "statement", "text", "hide")
+INPUTS = ("image", "right", "question", "statement", "hypothesis", "text", "hide")
 PRETRAINED = ("image", "text", "hide")
+
+
+class Asked(NamedTuple):
+    """What a run answered."""
+
+    answer: dict[str, Any]
+    """As JSON."""
+    draw: Callable[[], Image.Image]
 
 
 def main(argv: list[str]) -> int:
@@ -44,10 +52,11 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", help="a run folder (its newest good checkpoint) or a checkpoint")
-    parser.add_argument("--image", help="a picture file")
+    parser.add_argument("--image", nargs="+", help="a picture file; retrieval: one or more")
     parser.add_argument("--right", help="statements: the picture to the right of --image")
     parser.add_argument("--question", help="vqa: a question about the picture")
     parser.add_argument("--statement", help="statements: a sentence about both pictures")
+    parser.add_argument("--hypothesis", help="entailment: a sentence about the picture")
     parser.add_argument("--text", help=f"a caption; of a pretrained run every {MASK} is filled in")
     parser.add_argument("--hide", type=float, help="pretrained: share of patches to hide, 0 to 1")
     parser.add_argument("--seed", type=int, default=0, help="which patches --hide chooses")
@@ -81,63 +90,153 @@ def check_inputs(run: Predictor, args: argparse.Namespace, allowed: tuple[str, .
 
 def asked(run: Predictor, args: argparse.Namespace) -> dict[str, Any]:
     """The answer of a fine-tuned run, drawn if --out says where."""
-    needed = NEEDED.get(run.trained_for, ())
+    if run.trained_for not in QUESTIONS:
+        raise ConfigError(
+            f"{run.run.folder} was trained for {run.trained_for}, which vlbeit predict does not "
+            f"know; it knows {', '.join(QUESTIONS)}"
+        )
+    needed, ask = QUESTIONS[run.trained_for]
     check_inputs(run, args, needed)
     missing = [f"--{name}" for name in needed if getattr(args, name) is None]
-    if missing or not needed:
-        what = f"give {' and '.join(missing)}" if missing else "vlbeit predict does not know it"
-        raise ConfigError(f"{run.run.folder} was trained for {run.trained_for}: {what}")
-    bars: list[Answer]
-    title = ""
-    if run.trained_for == "classification":
-        bars = run.classify(args.image, args.top)
-    elif run.trained_for == "vqa":
-        title = args.question
-        bars = run.answer(args.image, args.question, args.top)
-    elif run.trained_for == "statements":
-        title = args.statement
-        share = run.compare(args.image, args.right, args.statement).probability
-        bars = sorted([Answer("true", share), Answer("false", 1 - share)], key=lambda a: -a[1])
-    else:
-        title = args.text
-        found = run.match(args.image, args.text)
-        bars = [] if found.probability is None else [Answer("a pair", found.probability)]
-        title += f" (cosine {found.similarity:.3f})"
-    answer: dict[str, Any] = {name: getattr(args, name) for name in needed}
-    answer["answers"] = [bar._asdict() for bar in bars]
-    if run.trained_for == "retrieval":
-        answer["similarity"] = found.similarity
+    if missing:
+        raise ConfigError(
+            f"{run.run.folder} was trained for {run.trained_for}: give {' and '.join(missing)}"
+        )
+    if run.trained_for != "retrieval":
+        args.image = only_one(args.image, run)
+    found = ask(run, args)
+    answer = {name: getattr(args, name) for name in needed} | found.answer
     if args.out:
-        pictures = [read_picture(one) for one in (args.image, args.right) if one is not None]
-        answer["picture"] = save(draw_answers(pictures, title, bars), args.out)
+        answer["picture"] = save(found.draw(), args.out)
     return answer
+
+
+def only_one(images: list[str], run: Predictor) -> str:
+    if len(images) != 1:
+        raise ConfigError(
+            f"--image: {run.run.folder} was trained for {run.trained_for} and looks at one "
+            f"picture, found {len(images)}"
+        )
+    return images[0]
 
 
 def filled(run: Predictor, args: argparse.Namespace) -> dict[str, Any]:
     """Hidden words and patches, as a pretrained run fills them in."""
     check_inputs(run, args, PRETRAINED)
-    if args.hide is not None and (args.image is None or not 0 < args.hide <= 1):
+    image = None if args.image is None else only_one(args.image, run)
+    if args.hide is not None and (image is None or not 0 < args.hide <= 1):
         raise ConfigError(f"--hide needs --image and a share in (0, 1], found {args.hide}")
     asks_words = args.text is not None and MASK in args.text
     if not asks_words and args.hide is None:
         raise ConfigError(f"nothing is hidden: write {MASK} into --text, or give --hide 0.4")
     answer: dict[str, Any] = {}
     if asks_words:
-        words = run.fill_words(args.text, args.image, args.top)
+        words = run.fill_words(args.text, image, args.top)
         answer["text"] = words.best()
         answer["words"] = [[g._asdict() for g in guesses] for guesses in words.guesses]
-    if args.hide is not None:
-        found = run.fill_patches(args.image, args.hide, args.text, args.seed)
+    if args.hide is not None and image is not None:
+        found = run.fill_patches(image, args.hide, args.text, args.seed)
         hidden = int(found.hidden.sum())
         answer["patches"] = {"hidden": hidden, "right": found.right}
-        beside = Path(args.image)
+        beside = Path(image)
         out = args.out or beside.with_name(f"{beside.stem}-filled.png")
         caption = f"{found.right} of {hidden} codes right. {args.text or ''}"
         answer["picture"] = save(draw_filled(found, caption), out)
     return answer
 
 
-def save(sheet: Any, out: Path) -> str:
+def classified(run: Predictor, args: argparse.Namespace) -> Asked:
+    bars = run.classify(args.image, args.top)
+    return with_bars([args.image], "", bars)
+
+
+def answered(run: Predictor, args: argparse.Namespace) -> Asked:
+    bars = run.answer(args.image, args.question, args.top)
+    return with_bars([args.image], args.question, bars)
+
+
+def compared(run: Predictor, args: argparse.Namespace) -> Asked:
+    share = run.compare(args.image, args.right, args.statement).probability
+    bars = [Answer("true", share), Answer("false", 1 - share)]
+    return with_bars([args.image, args.right], args.statement, likely_first(bars))
+
+
+def entailed(run: Predictor, args: argparse.Namespace) -> Asked:
+    found = run.entail(args.image, args.hypothesis)
+    bars = [Answer(name, share) for name, share in found._asdict().items()]
+    return with_bars([args.image], args.hypothesis, likely_first(bars))
+
+
+def segmented(run: Predictor, args: argparse.Namespace) -> Asked:
+    picture = read_picture(args.image)
+    found = run.segment(picture)
+    answer = {"size": list(found.classes.shape), "classes": [s._asdict() for s in found.shares]}
+    return Asked(answer, lambda: draw_classes(picture, found.classes, found.shares))
+
+
+def matched(run: Predictor, args: argparse.Namespace) -> Asked:
+    """The pictures in the order of the fused pass, without one in that of the cosine."""
+    index = run.index(images=args.image)
+    found = run.search(index, text=args.text, top=len(args.image))
+    if "rerank" in run.modes:
+        found = run.rerank(found, text=args.text)
+
+    def draw() -> Image.Image:
+        captions = [pair_lines(one) for one in found]
+        return draw_ranked([read_picture(one.id) for one in found], args.text, captions)
+
+    return Asked({"pictures": [one._asdict() for one in found]}, draw)
+
+
+class Question(NamedTuple):
+    """How a task is asked."""
+
+    needed: tuple[str, ...]
+    ask: Callable[[Predictor, argparse.Namespace], Asked]
+
+
+QUESTIONS: dict[str, Question] = {
+    "classification": Question(("image",), classified),
+    "vqa": Question(("image", "question"), answered),
+    "statements": Question(("image", "right", "statement"), compared),
+    "entailment": Question(("image", "hypothesis"), entailed),
+    "segmentation": Question(("image",), segmented),
+    "retrieval": Question(("image", "text"), matched),
+}
+"""By task. Pretrained runs take any of image, text and hide."""
+
+
+def with_bars(images: list[str], title: str, bars: list[Answer]) -> Asked:
+    return Asked(
+        {"answers": [bar._asdict() for bar in bars]},
+        lambda: draw_answers([read_picture(image) for image in images], title, bars),
+    )
+
+
+def likely_first(bars: list[Answer]) -> list[Answer]:
+    return sorted(bars, key=lambda bar: -bar.probability)
+
+
+def pair_lines(found: Found) -> list[str]:
+    """What stands below a picture that was compared with a text."""
+    scores = f"cosine {found.similarity:.3f}"
+    if found.probability is not None:
+        scores += f", a pair {100 * found.probability:.1f} %"
+    return [Path(found.id).name, scores]
+
+
+def found_table(kind: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows of `Found`, as JSON, for a person."""
+    table = table_of(kind, "cosine", "a pair")
+    for row in rows:
+        share = row["probability"]
+        said = "" if share is None else f"{100 * share:.1f} %"
+        table.add_row(escape(row["id"]), f"{row['similarity']:.3f}", said)
+    return table
+
+
+def save(sheet: Image.Image, out: Path) -> str:
+    """Write a PNG; returns where it is."""
     try:
         sheet.save(out, "PNG")
     except OSError as error:
@@ -155,8 +254,13 @@ def show(answer: dict[str, Any], console: Console) -> None:
     if "patches" in answer:
         found = answer["patches"]
         print(f"{found['right']} of {found['hidden']} hidden patches: the exact code")
-    if "similarity" in answer:
-        print(f"cosine {answer['similarity']:.3f}")
+    if "pictures" in answer:
+        console.print(found_table("picture", answer["pictures"]))
+    if "classes" in answer:
+        table = table_of("class", "of the pixels")
+        for row in answer["classes"]:
+            table.add_row(escape(row["name"]), f"{100 * row['share']:.1f} %")
+        console.print(table)
     if answer.get("answers"):
         table = table_of("answer", "probability")
         for row in answer["answers"]:

@@ -38,7 +38,9 @@ from vlbeit.eval import fill
 from vlbeit.eval.downstream import TaskRun, load_task_run
 from vlbeit.eval.evaluate import LoadedRun, load_run
 from vlbeit.nn.model import VLBeit
+from vlbeit.nn.upernet import resize
 from vlbeit.tasks.classification import Classification
+from vlbeit.tasks.recall import combine
 from vlbeit.tasks.retrieval import (
     Retrieval,
     RetrievalHead,
@@ -48,6 +50,7 @@ from vlbeit.tasks.retrieval import (
     texts_of,
 )
 from vlbeit.tasks.retrieval_index import Found, Index
+from vlbeit.tasks.segmentation import Segmentation, scaled
 from vlbeit.tasks.vqa import Vqa
 from vlbeit.types import TaskBatch
 
@@ -57,7 +60,9 @@ MODES: dict[str, tuple[str, ...]] = {
     "classification": ("classify",),
     "vqa": ("answer",),
     "statements": ("compare",),
-    "retrieval": ("match", "index", "search"),
+    "retrieval": ("match", "index", "search", "rerank"),
+    "entailment": ("entail",),
+    "segmentation": ("segment",),
 }
 """What a run was trained for, and the methods that ask it."""
 BATCH = 32
@@ -83,6 +88,39 @@ class Verdict(NamedTuple):
     true: bool
     probability: float
     """That it is true."""
+
+
+class Relation(NamedTuple):
+    """Whether a picture entails a sentence: three probabilities that add up to 1."""
+
+    entailment: float
+    neutral: float
+    contradiction: float
+
+    @property
+    def label(self) -> str:
+        """The most probable one."""
+        return max(self._asdict().items(), key=lambda item: item[1])[0]
+
+
+class ClassShare(NamedTuple):
+    """What a class has of a picture."""
+
+    name: str
+    number: int
+    share: float
+    """Of the pixels, in (0, 1]."""
+
+
+class Segmented(NamedTuple):
+    """A class for every pixel."""
+
+    classes: np.ndarray
+    """(H, W) uint8, the picture's own size: numbers of classes."""
+    names: tuple[str, ...]
+    """Of all classes, by number."""
+    shares: list[ClassShare]
+    """The classes that occur, the largest first."""
 
 
 class Match(NamedTuple):
@@ -138,7 +176,11 @@ class Predictor:
     @property
     def modes(self) -> tuple[str, ...]:
         """The methods that this run can answer."""
-        return MODES.get(self.trained_for, ())
+        found = MODES.get(self.trained_for, ())
+        head = self.run.head if isinstance(self.run, TaskRun) else None
+        if isinstance(head, RetrievalHead) and head.matching is None:
+            return tuple(method for method in found if method != "rerank")
+        return found
 
     def __repr__(self) -> str:
         said = ", ".join(self.modes) or "nothing yet"
@@ -236,6 +278,49 @@ class Predictor:
         return self._each((left, right, statement), asked)
 
     @overload
+    def entail(self, image: Picture, sentence: str) -> Relation: ...  # type: ignore[overload-overlap]
+    @overload
+    def entail(self, image: Picture | Many, sentence: str | Many) -> list[Relation]: ...
+
+    def entail(self, image: Any, sentence: Any) -> Any:
+        """Whether a picture entails a sentence, contradicts it, or leaves it open."""
+        run = self._task("entailment", "entail")
+
+        def asked(rows: list[tuple[Any, ...]]) -> list[Relation]:
+            found = run.task.predict(run.model, run.head, self._batch(rows, text=1))
+            return [Relation(*row["probabilities"]) for row in found]
+
+        return self._each((image, sentence), asked)
+
+    @overload
+    def segment(self, images: Picture) -> Segmented: ...
+    @overload
+    def segment(self, images: Many) -> list[Segmented]: ...
+
+    def segment(self, images: Any) -> Any:
+        """The class of every pixel of a picture, or of each of a list, one after the other: whole
+        or by windows, as the run's `segmentation.inference` says."""
+        run = self._task("segmentation", "segment")
+        task = run.task
+        assert isinstance(task, Segmentation)
+
+        def segmented(image: Picture) -> Segmented:
+            picture = read_picture(image)
+            size = scaled(picture.shape[:2], run.config.model.image_size)
+            pixels = torch.from_numpy(plain(picture, size))[None].to(run.device)
+            shares = task.class_shares(run.model, run.head, pixels, size)[0]
+            classes = largest_at(shares, picture.shape[:2]).cpu().numpy()
+            counts = np.bincount(classes.ravel(), minlength=len(task.classes))
+            order = [int(n) for n in np.argsort(-counts, kind="stable") if counts[n]]
+            return Segmented(
+                classes,
+                tuple(task.classes),
+                [ClassShare(task.classes[n], n, float(counts[n] / classes.size)) for n in order],
+            )
+
+        return self._each((images,), lambda rows: [segmented(row[0]) for row in rows])
+
+    @overload
     def match(self, image: Picture, text: str) -> Match: ...  # type: ignore[overload-overlap]
     @overload
     def match(self, image: Picture | Many, text: str | Many) -> list[Match]: ...
@@ -317,6 +402,50 @@ class Predictor:
             else:
                 query = encode_images(run.model, head, self._batch([(image,)]).image())
         return index.search(query, min(top, len(index.ids)), self.digest)[0]
+
+    def rerank(
+        self,
+        found: Sequence[Found],
+        *,
+        text: str | None = None,
+        image: Picture | None = None,
+        read: Callable[[str], Any] = str,
+    ) -> list[Found]:
+        """What `search` found, in the order of the fused pass: by the run's `retrieval.rule`, the
+        cosine plus the matching logit, or that logit alone. One pass for each.
+
+        Args:
+            text, image: the query, as for `search`.
+            read: the picture or the text that an id stands for; default: paths and texts are their
+                own ids.
+
+        Raises:
+            ConfigError: not one query, or a run without matching.
+        """
+        run, head = self._retrieval("rerank")
+        assert isinstance(run.task, Retrieval)
+        if (text is None) == (image is None):
+            raise ConfigError("what was found is reranked for the one text or picture of the query")
+        if head.matching is None:
+            raise ConfigError(
+                f"{self.run.folder} has no matching head (retrieval.matching was 0): nothing can "
+                "look again; leave the reranking out"
+            )
+
+        def asked(rows: list[tuple[Any, ...]]) -> list[Tensor]:
+            batch = self._batch(rows, text=1)
+            return list(head.match(fuse(run.model, *texts_of(batch), batch.image())).cpu())
+
+        if not found:
+            return []
+        others = [read(one.id) for one in found]
+        pairs = (others, text) if image is None else (image, others)
+        logits = torch.stack(self._each(pairs, asked))  # (N, 2)
+        similar = torch.tensor([one.similarity for one in found])
+        scores = combine(similar, logits[:, 1], run.task.settings.rule)
+        shares = logits.softmax(dim=1)[:, 1].tolist()
+        order = scores.sort(descending=True, stable=True).indices.tolist()
+        return [found[place]._replace(probability=shares[place]) for place in order]
 
     # ---- what they share
 
@@ -427,6 +556,22 @@ def read_picture(given: Picture) -> np.ndarray:
         f"expected a picture (a path, bytes, a PIL image, a uint8 array), found "
         f"{type(given).__name__}"
     )
+
+
+def largest_at(shares: Tensor, size: Sequence[int]) -> Tensor:
+    """(height, width) uint8: the class with the largest share at every pixel of another size.
+
+    Class after class, because all of them at the size of a photo would not fit into memory.
+
+    Shapes: shares (classes, h, w), at most 256 classes; size: height, width.
+    """
+    best = resize(shares[None, :1], size)[0, 0]
+    classes = torch.zeros(best.shape, dtype=torch.uint8, device=shares.device)
+    for number in range(1, len(shares)):
+        own = resize(shares[None, number : number + 1], size)[0, 0]
+        classes[own > best] = number
+        best = torch.maximum(best, own)
+    return classes
 
 
 def ranked(shares: Tensor, names: Sequence[str], top: int) -> list[list[Answer]]:

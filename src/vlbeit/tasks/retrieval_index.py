@@ -34,6 +34,8 @@ class Found(NamedTuple):
     id: str
     similarity: float
     """Cosine, in [-1, 1]."""
+    probability: float | None = None
+    """That they belong together, by the fused pass; None: it was not asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
