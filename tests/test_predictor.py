@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 import vlbeit
-from tiny_models import fill_normal
 from tiny_run import caption_of, grey_png, tiny_run, write_world
 from tiny_tasks import CONFIGS, batch_of, block_picture, toy_task
 from tiny_tasks import write_tasks as write_other_tasks
-from toy_tasks import ASK, VAL, toy_finetune, write_start, write_tasks
+from toy_tasks import VAL, toy_finetune, write_start, write_tasks
+from untrained_run import COLOURS, noise, png, retrieval, untrained
 from vlbeit.cli import main
-from vlbeit.config import FINETUNE_CONFIGS, RetrievalConfig
+from vlbeit.config import RetrievalConfig
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.transforms import decode_image
 from vlbeit.errors import ConfigError, InputError, VLBeitError
@@ -36,7 +36,6 @@ from vlbeit.eval.drawing import (
 )
 from vlbeit.eval.fill import fill_patches, fill_words, hide_share, open_picture
 from vlbeit.eval.heldout import visits_of
-from vlbeit.nn.model import VLBeit
 from vlbeit.nn.upernet import resize
 from vlbeit.serve.predictor import (
     BATCH,
@@ -48,20 +47,8 @@ from vlbeit.serve.predictor import (
     largest_at,
     read_picture,
 )
-from vlbeit.tasks import build_task
 from vlbeit.tasks.entailment import CLASSES
 from vlbeit.tasks.retrieval_index import Index
-from vlbeit.tokens.text import TextTokenizer
-
-COLOURS = ["red", "green", "blue", "white"]
-FACTS: dict[str, dict[str, Any]] = {
-    "classification": {"classes": COLOURS, "most_frequent": 0},
-    "vqa": {"answers": COLOURS, "prior": {}, "most_frequent": "red"},
-    "statements": {"prior": {}, "most_frequent": False},
-    "retrieval": {},
-    "entailment": {"most_frequent": 0},
-    "segmentation": {"classes": ["ground", "red", "green"], "most_frequent": 0},
-}
 
 
 @pytest.fixture(scope="module")
@@ -73,47 +60,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Statements, entailment and segmentation."""
     return write_other_tasks(tmp_path_factory.mktemp("data") / "blocks")
-
-
-def untrained(task: str, data: Path, **own: Any) -> Predictor:
-    """A run of the task with random weights."""
-    if task in CONFIGS:
-        config = replace(CONFIGS[task], **own)
-    else:
-        shared = {name: value for name, value in vars(ASK).items() if name not in ("task", "vqa")}
-        config = FINETUNE_CONFIGS[task](**shared, **own)
-    config = replace(config, data=(str(data),))
-    model = VLBeit(config.model)
-    made = build_task(config, FACTS[task])
-    head = made.head(model, 3)
-    model.put_on(head)
-    fill_normal(model, seed=3, std=0.3)
-    run = TaskRun(
-        folder=Path("runs") / task,
-        step=1,
-        config=config,
-        model=model.eval(),
-        head=head,
-        task=made,
-        text=TextTokenizer.load(data),
-        device=torch.device("cpu"),
-    )
-    return Predictor(run, "d" * 64)
-
-
-def retrieval(data: Path, matching: float = 1.0) -> Predictor:
-    settings = RetrievalConfig(matching=matching, rerank=3 if matching else 0)
-    return untrained("retrieval", data, retrieval=settings)
-
-
-def noise(seed: int, side: int = 24) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (side, side + 5, 3), dtype=np.uint8)
-
-
-def png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 # ------------------------------------------------------------------ as in evaluation

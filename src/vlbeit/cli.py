@@ -48,7 +48,7 @@ VERBS: dict[str, Verb] = {
         "vlbeit.cli:pretrain",
     ),
     "finetune": Verb(
-        "train a pretrained model for a task: classification retrieval vqa",
+        "train a pretrained model for a task: vqa statements retrieval classification ...",
         "vlbeit.cli:finetune",
     ),
     "eval": Verb(
@@ -56,8 +56,16 @@ VERBS: dict[str, Verb] = {
         "vlbeit.eval.cli:main",
     ),
     "predict": Verb(
-        "ask a run: fill in words and patches, name classes, answer questions",
+        "ask a run, pretrained or fine-tuned for any task, and draw its answer",
         "vlbeit.serve.predict:main",
+    ),
+    "index": Verb(
+        "encode pictures or texts once with a retrieval run, to be searched",
+        "vlbeit.serve.search:index",
+    ),
+    "search": Verb(
+        "find pictures for a text, or texts for a picture, in an index",
+        "vlbeit.serve.search:search",
     ),
     "report": Verb(
         "one page about a run: curves, filled-in words and patches, tables",

@@ -11,13 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.console import Console
 from rich.table import Column, Table
 
 from vlbeit.checkpoint import find_checkpoint
-from vlbeit.errors import ConfigError
-from vlbeit.eval.downstream import evaluate_task, load_task_run
+from vlbeit.errors import ConfigError, SaveError
+from vlbeit.eval.confusion import MOST_CLASSES, classes_of
+from vlbeit.eval.downstream import TaskRun, evaluate_task, load_task_run
+from vlbeit.eval.drawing import draw_confusion
 from vlbeit.eval.evaluate import PATCH_CONDITIONS, WORD_CONDITIONS, evaluate_run, load_run
 from vlbeit.eval.neighbours import evaluate_neighbours
 from vlbeit.eval.submission import write_submission
@@ -58,6 +61,11 @@ def main(argv: list[str]) -> int:
         metavar="FILE",
         help="write the answers for the test server instead; the samples need no answer",
     )
+    parser.add_argument(
+        "--confusion",
+        metavar="PNG",
+        help="classification, entailment: draw which class is taken for which",
+    )
     args = parser.parse_args(argv)
     if args.scratch and args.neighbours is None:
         raise ConfigError("--scratch goes with --neighbours only")
@@ -65,6 +73,8 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--samples does not go with --neighbours: leave it out")
     if args.submission and (args.samples or args.neighbours is not None):
         raise ConfigError("--submission answers all questions: no --samples, no --neighbours")
+    if args.confusion and (args.submission or args.neighbours is not None):
+        raise ConfigError("--confusion does not go with --submission and --neighbours")
     quiet: Any = (lambda text: None) if args.json else print
     checkpoint = find_checkpoint(args.run, quiet)
     given = {"split": args.split, "samples": args.samples, "batch_size": args.batch}
@@ -91,7 +101,13 @@ def main(argv: list[str]) -> int:
         )
     elif "task" in checkpoint.config:
         task_run = load_task_run(checkpoint, args.device, parse_settings(args.settings))
+        if args.confusion:
+            check_confusion(task_run)
         found = evaluate_task(task_run, args.data, **given)
+        if args.confusion:
+            save_confusion(found, Path(args.confusion))
+    elif args.confusion:
+        raise ConfigError(f"--confusion: {checkpoint.folder} is not fine-tuned for a task")
     elif args.settings:
         raise ConfigError("--set: a pretrained run has no task whose settings it could change")
     else:
@@ -110,6 +126,26 @@ def main(argv: list[str]) -> int:
     else:
         show(found, console)
     return 0
+
+
+def check_confusion(run: TaskRun) -> None:
+    """Raise ConfigError where there will be no confusion matrix."""
+    classes = len(classes_of(run.task))
+    if not 0 < classes <= MOST_CLASSES:
+        what = f"{classes} classes, the limit is {MOST_CLASSES}" if classes else "no classes"
+        raise ConfigError(
+            f"--confusion: {run.config.task} of {run.folder} has {what}; leave it out"
+        )
+
+
+def save_confusion(found: dict[str, Any], file: Path) -> None:
+    """Draw the confusion matrix of an evaluation as a PNG."""
+    title = f"{found['task']} on {found['split']}, {found['samples']} samples"
+    names, counts = found["confusion"]["classes"], found["confusion"]["counts"]
+    try:
+        draw_confusion(names, np.array(counts), title).save(file, "PNG")
+    except OSError as error:
+        raise SaveError(f"{file}: cannot be written ({error.strerror or error})") from None
 
 
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vlbeit.data.records import BadSample
 from vlbeit.data.task_stream import TaskStream, open_task
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.bootstrap import BLOCK, RESAMPLES, Estimate, resample_counts
+from vlbeit.eval.confusion import confusion_of
 from vlbeit.eval.heldout import EVAL_SEED, batches_of, visits_of
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import Figure, Task, build_task
@@ -225,7 +226,9 @@ def evaluate_task(
     Returns:
         figures: by name value, low, high (95 %, whole records resampled), and where the task has
         one the baseline's and the gain over it, with a paired interval; costs: what a second
-        look took, where the task has one (retrieval's reranking, in seconds).
+        look took, where the task has one (retrieval's reranking, in seconds); confusion: of
+        classification and entailment, the samples by their class and the one that was said
+        (`confusion_of`), for others None.
 
     Raises:
         InputError: nothing to evaluate on.
@@ -259,6 +262,7 @@ def evaluate_task(
         "skipped": [str(sample) for sample in bad],
         "costs": dict(getattr(run.task, "costs", {})),
         "figures": estimates(run.task.figures(rows), [str(row["record"]) for row in rows]),
+        "confusion": confusion_of(run.task, rows),
     }
 
 

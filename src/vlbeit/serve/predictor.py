@@ -377,6 +377,7 @@ class Predictor:
         return Index(
             kind="image" if texts is None else "text",
             model=self.digest,
+            checkpoint=str(self.run.folder),
             ids=tuple(ids),
             vectors=torch.stack(self._each((list(given),), encoded)),
         )
@@ -401,7 +402,7 @@ class Predictor:
                 query = encode_texts(run.model, head, words, valid)
             else:
                 query = encode_images(run.model, head, self._batch([(image,)]).image())
-        return index.search(query, min(top, len(index.ids)), self.digest)[0]
+        return index.search(query, top, self.digest, str(self.run.folder))[0]
 
     def rerank(
         self,

@@ -1,7 +1,8 @@
 """A set of images or texts, encoded once, saved, and searched with the vectors of queries.
 
     index.safetensors   vectors (C, D) float32
-    ids.json            what they are vectors of, whose they are, and their ids in the same order
+    ids.json            what they are vectors of, whose they are, their ids in the same order, and
+                        where the checkpoint and what has these ids lay
 
 The vectors are those of one checkpoint's dual encoder. Queries of another one would give numbers
 without a meaning, so an index keeps the digest of its model and refuses others.
@@ -49,6 +50,12 @@ class Index:
     model: str
     ids: tuple[str, ...]
     vectors: Tensor
+    checkpoint: str = ""
+    """Folder of the model; empty: not known."""
+    place: str = ""
+    """Where the pictures or texts are: a folder, a file, a prepared folder; empty: not known."""
+    split: str = ""
+    """Of a prepared folder."""
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.ids):
@@ -56,10 +63,13 @@ class Index:
         if len(set(self.ids)) != len(self.ids):
             raise ValueError("an id stands twice in the index")
 
-    def search(self, queries: Tensor, k: int, model: str) -> list[list[Found]]:
+    def search(self, queries: Tensor, k: int, model: str, asking: str = "") -> list[list[Found]]:
         """The k nearest of every query, best first; of equal ones the one that was added first.
 
         Shapes: queries (Q, D), of the other kind, made by the weights with the digest `model`.
+
+        Args:
+            asking: the folder of these weights, for the message.
 
         Raises:
             InputError: the queries are of another model or width.
@@ -67,8 +77,9 @@ class Index:
         if model != self.model or queries.shape[1] != self.vectors.shape[1]:
             raise InputError(
                 f"the index was made by the model {self.model[:12]} (width "
-                f"{self.vectors.shape[1]}), the queries by {model[:12]} (width "
-                f"{queries.shape[1]}); build the index anew with the model that asks"
+                f"{self.vectors.shape[1]}; {self.checkpoint or 'folder not known'}), the queries "
+                f"by {model[:12]} (width {queries.shape[1]}; {asking or 'folder not known'}); "
+                "build the index anew with the model that asks"
             )
         scores, places = nearest(queries.cpu(), self.vectors, k)
         return [
@@ -90,6 +101,9 @@ class Index:
             "kind": self.kind,
             "model": self.model,
             "ids": list(self.ids),
+            "checkpoint": self.checkpoint,
+            "place": self.place,
+            "split": self.split,
         }
         made: Path | None = None
         try:
@@ -123,12 +137,13 @@ class Index:
         kind, model, ids = (facts.get(name) for name in ("kind", "model", "ids"))
         if kind not in ("image", "text") or not isinstance(model, str) or not _strings(ids):
             raise InputError(f"{file}: kind, model or ids is missing or of a wrong type")
+        origin = {name: str(facts.get(name, "")) for name in ("checkpoint", "place", "split")}
         tensors = read_tensors(folder / VECTORS)
         vectors = tensors.get("vectors")
         if vectors is None or vectors.dtype != torch.float32:
             raise InputError(f"{folder / VECTORS}: no float32 tensor named vectors")
         try:
-            return Index(kind=kind, model=model, ids=tuple(ids), vectors=vectors)
+            return Index(kind=kind, model=model, ids=tuple(ids), vectors=vectors, **origin)
         except ValueError as error:
             raise InputError(f"{folder}: {error}; build the index anew") from None
 
