@@ -22,7 +22,12 @@ from vlbeit.tokens.text import TextTokenizer
 COLOURS = ["red", "green", "blue", "white"]
 FACTS: dict[str, dict[str, Any]] = {
     "classification": {"classes": COLOURS, "most_frequent": 0},
-    "vqa": {"answers": COLOURS, "prior": {}, "most_frequent": "red"},
+    "vqa": {
+        "answers": COLOURS,
+        "log_odds": [0.0] * len(COLOURS),
+        "prior": {},
+        "most_frequent": "red",
+    },
     "statements": {"prior": {}, "most_frequent": False},
     "retrieval": {},
     "entailment": {"most_frequent": 0},

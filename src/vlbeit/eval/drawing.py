@@ -11,6 +11,8 @@ from typing import Final, TypeAlias
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vlbeit.eval.report_html import percent
+
 Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Bars: TypeAlias = Sequence[tuple[str, float]]
 """Names with a number in [0, 1] each, the first of which stands out."""
@@ -33,10 +35,6 @@ DISTINCT: Final = (
 ).split()
 """Colours that are told apart side by side (S. Trubetskoy's list, its grey first)."""
 BEST, OTHER, TRACK, QUIET = "#1f6feb", "#9bb8e0", "#eef1f5", "#57606a"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def draw_answers(

@@ -4,7 +4,6 @@ Held-out samples are shown with what a fine-tuned run says of them: a question a
 scenes nearest to a caption, a map of classes. How they are asked is no concern of the page.
 """
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from vlbeit.eval.drawing import class_colour
 from vlbeit.eval.report_html import (
     paragraph,
     percent,
@@ -353,15 +353,6 @@ def coloured(classes: np.ndarray, names: Sequence[str]) -> np.ndarray:
     colours[: len(names)] = [class_colour(number) for number in range(len(names))]
     found: np.ndarray = colours[classes]
     return found
-
-
-def class_colour(number: int) -> tuple[int, int, int]:
-    """The colour of a class in every map: neighbours in number are far apart in hue."""
-    hue = (0.58 + number * 0.61803398875) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(
-        hue, (0.75, 0.9)[number // 3 % 2], (0.95, 0.7, 0.85)[number % 3]
-    )
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def right_class(right: bool) -> str:
