@@ -35,7 +35,6 @@ from vlbeit.tasks.retrieval import (
     Retrieval,
     RetrievalHead,
     build,
-    build_index,
     chance,
     match_scores,
 )
@@ -344,8 +343,11 @@ def test_a_saved_index_finds_what_the_ranks_say(tmp_path):
     batch = make_batch()
     with torch.no_grad():
         rows = rows_of(made, model, head, batch)
-    for kind in ("image", "text"):
-        build_index(rows, kind, "m" * 64).save(tmp_path / kind)
+    first = list({row["record"]: row for row in reversed(rows)}.values())[::-1]
+    for kind, name, kept in (("image", "record", first), ("text", "sample_id", rows)):
+        vectors = torch.from_numpy(np.stack([row[kind] for row in kept]))
+        ids = tuple(str(row[name]) for row in kept)
+        Index(kind=kind, model="m" * 64, ids=ids, vectors=vectors).save(tmp_path / kind)
     images, texts = Index.load(tmp_path / "image"), Index.load(tmp_path / "text")
     assert (len(images.ids), len(texts.ids)) == (5, 6)
     queries = torch.from_numpy(np.stack([row["text"] for row in rows]))

@@ -249,7 +249,7 @@ def small_classification() -> FinetuneConfig:
 def base_classification() -> FinetuneConfig:
     """ImageNet-1K from self-supervised weights, without the 22K stage.
 
-    torchrun --nproc-per-node 8 -m vlbeit finetune classification base --start RUN --data IMAGENET
+    torchrun --nproc-per-node 8 -m -- vlbeit finetune classification base --start RUN --data DATA
 
     The paper gives no numbers; these are BEiT's (paper.md 5.4, fallback "without stage 1"): batch
     1024, lr 4e-3, 100 epochs (1,251 steps each) with 20 of warmup, layer decay 0.65, drop path
@@ -348,7 +348,7 @@ def small_vqa() -> FinetuneConfig:
 def base_vqa() -> FinetuneConfig:
     """VQAv2 at the paper's 480 px (section 3.2).
 
-    torchrun --nproc-per-node 8 -m vlbeit finetune vqa base --start RUN --data VQAV2 --run-dir RUN
+    torchrun --nproc-per-node 8 -m -- vlbeit finetune vqa base --start RUN --data VQAV2
 
     The paper gives no more numbers; these are VLMo's (paper.md 5.1): lr 3e-5, the head's 20 times
     that, batch 128, 10 epochs (about 5,000 steps each: train + val, 640k questions) with 10 %
@@ -442,7 +442,7 @@ def small_retrieval() -> FinetuneConfig:
 def base_retrieval() -> FinetuneConfig:
     """COCO at the paper's 384 px (section 3.2).
 
-    torchrun --nproc-per-node 64 -m vlbeit finetune retrieval base --start RUN --data COCO
+    torchrun --nproc-per-node 64 -m -- vlbeit finetune retrieval base --start RUN --data COCO
 
     The paper gives no more numbers; these are VLMo's (paper.md 5.3): batch 3,072, lr 3e-5, 3,000
     steps with 300 of warmup, linear to 0, weight decay 0.01, drop path 0.2, 40 words, k = 32 and
@@ -532,7 +532,7 @@ def small_statements() -> FinetuneConfig:
 def base_statements() -> FinetuneConfig:
     """NLVR2 at the paper's 384 px (section 3.2).
 
-    torchrun --nproc-per-node 8 -m vlbeit finetune statements base --start RUN --data NLVR2
+    torchrun --nproc-per-node 8 -m -- vlbeit finetune statements base --start RUN --data NLVR2
 
     The paper gives no more numbers; these are VLMo's (paper.md 5.2): lr 5e-5, batch 128, 10 epochs
     (675 steps each: 86,373 statements) with 10 % warmup, linear to 0, AdamW (0.9, 0.98), weight
@@ -609,7 +609,7 @@ def small_entailment() -> FinetuneConfig:
 def base_entailment() -> FinetuneConfig:
     """SNLI-VE at 384 px; the paper does not have this task.
 
-    torchrun --nproc-per-node 8 -m vlbeit finetune entailment base --start RUN --data SNLIVE
+    torchrun --nproc-per-node 8 -m -- vlbeit finetune entailment base --start RUN --data SNLIVE
 
     ALBEF's numbers (configs/VE.yaml): lr 2e-5, cosine to 1e-6, batch 32 on each of 8 GPUs, 5
     epochs (2,069 steps each: 529,527 sentences) with one of warmup, weight decay 0.02. Drop path
@@ -702,7 +702,7 @@ def small_segmentation() -> FinetuneConfig:
 def base_segmentation() -> FinetuneConfig:
     """ADE20K by UPerNet, from self-supervised weights without the 22K stage.
 
-    torchrun --nproc-per-node 8 -m vlbeit finetune segmentation base --start RUN --data ADE20K
+    torchrun --nproc-per-node 8 -m -- vlbeit finetune segmentation base --start RUN --data ADE20K
 
     The paper gives no numbers; these are BEiT's (paper.md 5.5, "without intermediate tuning"):
     crop 512, 160k steps of 16, lr 7e-4 linear to 0, 1,500 of warmup, layer decay 0.65, weight

@@ -46,7 +46,6 @@ from vlbeit.tasks.contrast import (
     share_sizes,
 )
 from vlbeit.tasks.recall import combine, dual_ranks, nearest, reranked
-from vlbeit.tasks.retrieval_index import Index, Kind
 from vlbeit.types import Score, TaskBatch
 
 AT = (1, 5, 10)
@@ -378,23 +377,6 @@ def chance(candidates: int, right: int, k: int) -> float:
     """The probability that some right one is among k candidates drawn without looking."""
     k = min(k, candidates)
     return 1 - comb(candidates - right, k) / comb(candidates, k)
-
-
-def build_index(rows: Sequence[Mapping[str, Any]], kind: Kind, model: str) -> Index:
-    """The images or the texts of some rows, to be saved and searched.
-
-    An image's id is its record ("source:number"), a text's its sample ("source:epoch:index").
-
-    Args:
-        rows: `predict`'s, with "record" and "sample_id".
-        model: digest of the weights that made them.
-    """
-    world = Compared.of(rows)
-    if kind == "image":
-        ids = tuple(str(rows[number]["record"]) for number in world.first_rows)
-        return Index(kind=kind, model=model, ids=ids, vectors=world.images)
-    ids = tuple(str(row["sample_id"]) for row in rows)
-    return Index(kind=kind, model=model, ids=ids, vectors=world.texts)
 
 
 # ---- ways through the model
