@@ -362,7 +362,8 @@ def test_classification_learns_what_the_picture_shows(start, data, tmp_path):
 
 @pytest.mark.slow
 def test_vqa_learns_to_look_and_to_read(start, data, tmp_path):
-    run = toy_finetune("vqa", start, data, tmp_path / "run", LONG)
+    longer = LONG | {"max_steps": 250, "save_every": 250, "optim.total_steps": 250}
+    run = toy_finetune("vqa", start, data, tmp_path / "run", longer)
     found = evaluate_task(load_task_run(find_checkpoint(run, print), "cpu"), [str(data)])
     assert found["figures"]["accuracy/look"]["value"] > 0.9
     assert found["figures"]["accuracy/read"]["value"] > 0.9
