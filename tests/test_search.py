@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tiny_run import grey_png
 from toy_tasks import VAL, write_tasks
 from untrained_run import noise, png, retrieval, untrained
 from vlbeit.cli import main
-from vlbeit.data.dataset import open_sources
+from vlbeit.data.dataset import Dataset, SourceInfo, open_sources
+from vlbeit.data.records import write_shards
 from vlbeit.errors import ConfigError, InputError, SaveError
 from vlbeit.serve.gallery import open_gallery
 from vlbeit.serve.predictor import Predictor, read_picture
+from vlbeit.serve.search import build
 from vlbeit.tasks.retrieval_index import Index
 
 
@@ -148,3 +151,14 @@ def test_what_cannot_be_indexed_or_searched_is_named(run, data, monkeypatch, cap
     monkeypatch.setattr("vlbeit.serve.search.load", lambda *_: untrained("vqa", data))
     assert main(["index", "RUN", "--images", "photos", "--out", "new"]) == ConfigError.exit_code
     assert "vlbeit finetune retrieval" in capsys.readouterr().err
+
+
+def test_a_record_without_a_caption_is_named_and_not_left_out_in_silence(run, tmp_path):
+    members = [{"png": grey_png(9), "txt": b"a red one"}, {"png": grey_png(20)}]
+    shards = write_shards([(f"{i}", row) for i, row in enumerate(members)], tmp_path, "pairs")
+    folder = tmp_path / "prepared"
+    info = SourceInfo("pairs", "pair", "val", [str(path) for path in shards], 2)
+    Dataset.write(folder, "drawn", [info])
+    made, skipped = build(run, open_gallery("text", folder), print)
+    assert made.ids == ("a red one",)
+    assert len(skipped) == 1 and "pairs:1" in skipped[0]

@@ -30,6 +30,8 @@ class Gallery:
     """Different from each other: paths within the folder, "source:record", or the texts."""
     read: Callable[[str], np.ndarray | str]
     """The picture (H, W, 3) uint8 or the text of an id; raises InputError, naming it."""
+    unreadable: tuple[str, ...] = ()
+    """Records that gave no id, by name and reason."""
 
 
 def open_gallery(kind: Kind, place: Path | str, split: str = "val") -> Gallery:
@@ -91,17 +93,26 @@ def _prepared_images(place: Path, split: str) -> Gallery:
 
 def _captions(place: Path, split: str) -> Gallery:
     found: dict[str, None] = {}
+    unreadable: list[str] = []
     for stream in STREAMS[:2]:
         for source in open_sources([place], stream, split):
             for number in range(len(source)):
                 try:
                     captions = source.read(number, only=("json", "txt")).captions()
-                except BadSample:
-                    continue  # `vlbeit verify` names it
+                except BadSample as error:
+                    unreadable.append(f"{source.name}:{number} of {place}: {error}")
+                    continue
                 found.update(dict.fromkeys(captions))
         if found:
             break
-    return Gallery(kind="text", place=place, split=split, ids=tuple(found), read=_text)
+    return Gallery(
+        kind="text",
+        place=place,
+        split=split,
+        ids=tuple(found),
+        read=_text,
+        unreadable=tuple(unreadable),
+    )
 
 
 def _lines(place: Path) -> Gallery:

@@ -78,7 +78,7 @@ def build(run: Predictor, gallery: Gallery, log: Callable[[str], None]) -> tuple
     """
     ids: list[str] = []
     vectors: list[torch.Tensor] = []
-    skipped: list[str] = []
+    skipped = list(gallery.unreadable)
     told = time.perf_counter()
     for start in range(0, len(gallery.ids), BATCH):
         readable: dict[str, Any] = {}
