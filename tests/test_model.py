@@ -22,7 +22,7 @@ from tiny_models import (
 from vlbeit.config import ModelConfig, to_dict
 from vlbeit.errors import InputError
 from vlbeit.nn import model as model_module
-from vlbeit.nn.attention import Attention, attend
+from vlbeit.nn.attention import Attention, attend, rollout
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import to_patches
 from vlbeit.nn.model import VLBeit
@@ -245,6 +245,38 @@ def test_a_bf16_step_stays_near_the_fp32_step():
     with torch.autocast("cpu", torch.bfloat16):
         low = model.backbone(states_of(model, "pair"))
     assert (low.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("relative_bias", ["none", "per_layer"])
+@pytest.mark.parametrize("stream", STREAMS)
+def test_attention_weights_mix_the_values_to_what_every_layer_gives(stream, relative_bias):
+    model = tiny_model(relative_bias=relative_bias)
+    states = states_of(model, stream)
+    weights = model.backbone.attention_weights(states)
+    assert len(weights) == len(model.backbone.blocks)
+    inputs = [states.x, *model.backbone.taps(states, range(1, TINY.layers))]
+    biases = model.backbone._biases(states)
+    for block, x, found, bias in zip(model.backbone.blocks, inputs, weights, biases, strict=True):
+        torch.testing.assert_close(found.sum(dim=-1), torch.ones(found.shape[:3]))
+        if states.valid is not None:
+            assert (found.transpose(1, 3)[~states.valid] == 0).all()
+        normed = block.norm1(x)
+        _, _, value = block.attention.queries_keys_values(normed)
+        mixed = torch.matmul(found, value).transpose(1, 2).reshape(x.shape)
+        torch.testing.assert_close(mixed, block.attention(normed, bias), atol=1e-5, rtol=1e-4)
+    wrong = torch.matmul(weights[0], value).transpose(1, 2).reshape(x.shape)
+    assert (wrong - mixed).abs().max() > 1e-3
+
+
+def test_rollout_of_attention_to_oneself_stays_and_of_even_attention_spreads(gen):
+    still = torch.eye(5).expand(2, 3, 5, 5)
+    torch.testing.assert_close(rollout([still] * 4), torch.eye(5).expand(2, 5, 5))
+    even = torch.full((2, 3, 5, 5), 0.2)
+    spread = rollout([even] * 4)
+    kept = 0.5**4
+    torch.testing.assert_close(spread, kept * torch.eye(5).expand(2, 5, 5) + (1 - kept) * 0.2)
+    drawn = [torch.randn(2, 3, 5, 5, generator=gen).softmax(-1) for _ in range(3)]
+    torch.testing.assert_close(rollout(drawn).sum(dim=-1), torch.ones(2, 5))
 
 
 def test_attention_has_no_key_bias():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import vlbeit
+from test_transforms import CASES
 from tiny_run import caption_of, grey_png, tiny_run, write_world
 from tiny_tasks import CONFIGS, batch_of, block_picture, toy_task
 from tiny_tasks import write_tasks as write_other_tasks
@@ -23,7 +24,10 @@ from untrained_run import COLOURS, noise, png, retrieval, untrained
 from vlbeit.cli import main
 from vlbeit.config import RetrievalConfig
 from vlbeit.data.dataset import open_sources
-from vlbeit.data.transforms import decode_image
+from vlbeit.data.order import Visit
+from vlbeit.data.records import BadSample, RecordSource, write_shards
+from vlbeit.data.streams import ImageStream, PictureSettings
+from vlbeit.data.transforms import BadImage, decode_image
 from vlbeit.errors import ConfigError, InputError, VLBeitError
 from vlbeit.eval.downstream import TaskRun, held_out_stream, predict_rows
 from vlbeit.eval.drawing import (
@@ -44,6 +48,7 @@ from vlbeit.serve.predictor import (
     Answer,
     Predictor,
     Relation,
+    command_for,
     largest_at,
     read_picture,
 )
@@ -103,14 +108,13 @@ def test_words_and_patches_are_filled_as_by_the_functions_of_eval(tmp_path):
     data = grey_png(80)
     picture = open_picture(loaded, data)
     text = caption_of(1).replace("now", "[MASK]").replace("look", "[MASK]")
-    assert "[MASK]" in text and run.modes == ("fill_words", "fill_patches")
+    assert "[MASK]" in text and run.modes == MODES[PRETRAINING]
     assert run.fill_words(text, data) == fill_words(loaded, text, picture)
     assert run.fill_words(text) != run.fill_words(text, data)
     one = run.fill_patches(data, 0.5, "red ring", seed=3)
     other = fill_patches(loaded, picture, hide_share(loaded, 0.5, 3), "red ring")
     assert (one.hidden == other.hidden).all() and (one.filled == other.filled).all()
-    with pytest.raises(ConfigError, match=r"in \(0, 1\]"):
-        run.fill_patches(data, 1.5)
+    assert ((one.probabilities < 1) == one.hidden).all() and (one.probabilities > 0).all()
     with pytest.raises(InputError, match=r"has no \[MASK\]"):
         run.fill_words("red ring")
 
@@ -190,10 +194,226 @@ def test_a_single_one_goes_with_all_of_a_list(data):
         run.answer(noise(0), "say red", top=0)
 
 
+# ------------------------------------------------------------------ hidden patches
+
+
+def test_hidden_patches_are_a_share_or_numbers_or_bools(tmp_path):
+    run = Predictor(tiny_run(write_world(tmp_path)), "d" * 64)
+    picture = grey_png(80)
+    by_number = run.fill_patches(picture, [1, 6, 15], "red ring")
+    where = np.zeros((4, 4), dtype=bool)
+    where[0, 1] = where[1, 2] = where[3, 3] = True
+    for same in (where, where.reshape(-1), np.array([15, 6, 1, 6]), (1, 6, 15)):
+        found = run.fill_patches(picture, same, "red ring")
+        assert (found.hidden == where.reshape(-1)).all()
+        assert (found.filled == by_number.filled).all()
+    assert run.fill_patches(picture, hidden=0.25).hidden.sum() == 4
+    for wrong, named in (
+        (1.5, r"in \(0, 1\], found 1.5"),
+        (0, r"in \(0, 1\], found 0"),
+        ([3, 16], r"0\.\.15 \(4 rows of 4\), found 16"),
+        ([-1, 3], "found -1"),
+        ([0.5], "float64"),
+        (np.zeros((2, 8), dtype=bool), r"found \(2, 8\)"),
+        ("all", "a share, a list"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            run.fill_patches(picture, wrong)
+    for nothing in ([], where & False):
+        with pytest.raises(InputError, match="no patch is hidden"):
+            run.fill_patches(picture, nothing)
+
+
+# ------------------------------------------------------------------ vectors and attention
+
+
+@pytest.fixture
+def pretrained(tmp_path) -> Predictor:
+    return Predictor(tiny_run(write_world(tmp_path)), "d" * 64)
+
+
+def test_vectors_alone_are_those_of_a_list_and_have_length_one(pretrained, data):
+    pictures = [noise(seed) for seed in range(3)]
+    texts = ["red", "green ring look here now", "blue star"]
+    for run in (pretrained, retrieval(data)):
+        calls: list[tuple[Any, tuple[Any, ...]]] = [
+            (run.encode_image, (pictures,)),
+            (run.encode_text, (texts,)),
+            (run.encode_pair, (pictures, texts)),
+        ]
+        for ask, given in calls:
+            together = ask(*given)
+            assert together.shape == (3, run.model.config.width)
+            assert together.dtype == np.float32
+            assert np.linalg.norm(together, axis=1) == pytest.approx(1)
+            assert np.abs(together[0] - together[1]).max() > 1e-3
+            for i, vector in enumerate(together):
+                alone = ask(*(column[i] for column in given))
+                assert alone.shape == vector.shape
+                np.testing.assert_allclose(alone, vector, atol=1e-5)
+                raw = ask(*(column[i] for column in given), normalised=False)
+                length = np.linalg.norm(raw)
+                assert abs(length - 1) > 1e-2
+                np.testing.assert_allclose(raw / length, alone, atol=1e-5)
+            assert ask(*([] for _ in given)).shape == (0, run.model.config.width)
+
+
+def test_a_pretrained_vector_is_the_mean_over_patches_and_words_without_the_specials(pretrained):
+    run, text = pretrained.run, "red ring look"
+    pixels = torch.from_numpy(open_picture(run, png(noise(0))))[None]
+    ids = torch.tensor([[run.text.cls, *run.text.encode(text).tolist(), run.text.sep]])
+    with torch.no_grad():
+        image = run.model.backbone(run.model.embed_image(pixels))[0, 1:]
+        words = run.model.backbone(run.model.embed_text(ids))[0, 1:-1]
+        pair = run.model.backbone(run.model.embed_pair(ids, None, pixels))[0]
+    width = ids.shape[1]
+    wanted = torch.cat((pair[1 : width - 1], pair[width + 1 :])).mean(dim=0)
+    with_specials = pair.mean(dim=0)
+    raw = {"normalised": False}
+    close = {"atol": 1e-5, "rtol": 1e-4}
+    np.testing.assert_allclose(pretrained.encode_image(noise(0), **raw), image.mean(0), **close)
+    np.testing.assert_allclose(pretrained.encode_text(text, **raw), words.mean(0), **close)
+    np.testing.assert_allclose(pretrained.encode_pair(noise(0), text, **raw), wanted, **close)
+    assert (with_specials - wanted).abs().max() > 1e-2
+    with pytest.raises(InputError, match="no token is left"):
+        pretrained.encode_text("  ")
+    with pytest.raises(ConfigError, match="expected a text, found int"):
+        pretrained.encode_text(3)  # type: ignore[arg-type]
+
+
+def test_vectors_of_a_retrieval_run_are_those_of_its_index_and_their_product_its_cosine(data):
+    run = retrieval(data)
+    pictures, texts = [noise(seed) for seed in range(3)], ["say red", "say blue", "red"]
+    images, words = run.encode_image(pictures), run.encode_text(texts)
+    index = run.index(images=pictures, ids=["a", "b", "c"])
+    np.testing.assert_allclose(images, index.vectors.numpy(), atol=1e-6)
+    found = run.match(pictures, texts)
+    assert (images * words).sum(axis=1) == pytest.approx([one.similarity for one in found])
+    pair = run.encode_pair(pictures[0], texts[0], normalised=False)
+    logits = run.run.head.match(torch.from_numpy(pair)[None]).detach()
+    assert float(logits.softmax(-1)[0, 1]) == pytest.approx(found[0].probability, abs=1e-5)
+
+
+def test_the_vector_of_a_classification_run_is_what_its_head_reads(data):
+    run = untrained("classification", data)
+    vector = torch.from_numpy(run.encode_image(noise(0), normalised=False))
+    shares = run.run.head(vector[None])[0].softmax(-1).detach().numpy()
+    for answer in run.classify(noise(0)):
+        assert shares[COLOURS.index(answer.name)] == pytest.approx(answer.probability, abs=1e-5)
+
+
+def test_attention_of_a_word_is_the_softmax_of_its_products_with_every_key(pretrained):
+    """Against loops over heads and keys, with the projections taken apart by hand."""
+    run, text, layer = pretrained.run, "red [MASK] look", 3
+    found = pretrained.attention(noise(0), text, layer)
+    assert found.words == ["[T_CLS]", "red", "[MASK]", "look", "[T_SEP]"]
+    assert found.grid == (4, 4) and found.weights.shape == (5, 16) and found.layer == layer
+    red, look = (int(run.text.encode(word)[0]) for word in ("red", "look"))
+    ids = torch.tensor([[run.text.cls, red, run.text.mask, look, run.text.sep]])
+    pixels = torch.from_numpy(open_picture(run, png(noise(0))))[None]
+    with torch.no_grad():
+        states = run.model.embed_pair(ids, None, pixels)
+        x = run.model.backbone.taps(states, [layer - 1])[0]
+        block = run.model.backbone.blocks[layer - 1]
+        x = block.norm1(x)[0]
+        attention = block.attention
+        width = x.shape[1]
+        query = x @ attention.qkv.weight[:width].T + attention.q_bias
+        key = x @ attention.qkv.weight[width : 2 * width].T  # no bias: softmax cancels it
+    heads, depth = attention.heads, width // attention.heads
+    expected = np.zeros((5, len(x)))
+    swapped = np.zeros((5, len(x)))
+    for head in range(heads):
+        part = slice(head * depth, (head + 1) * depth)
+        for word in range(5):
+            for into, (ask, told) in ((expected, (query, key)), (swapped, (key, query))):
+                scores = np.array([float(ask[word, part] @ k[part]) for k in told]) / depth**0.5
+                shares = np.exp(scores - scores.max())
+                into[word] += shares / shares.sum() / heads
+    np.testing.assert_allclose(found.weights, expected[:, -16:], atol=1e-6)
+    assert np.abs(found.weights - swapped[:, -16:]).max() > 1e-3
+    assert (found.weights.sum(axis=1) < 1).all()
+
+
+def test_attention_by_rollout_multiplies_the_layers_with_half_on_the_residual(pretrained):
+    run = pretrained.run
+    found = pretrained.attention(noise(0), "red ring")
+    pixels = torch.from_numpy(open_picture(run, png(noise(0))))[None]
+    ids = torch.tensor([[run.text.cls, *run.text.encode("red ring").tolist(), run.text.sep]])
+    with torch.no_grad():
+        layers = run.model.backbone.attention_weights(run.model.embed_pair(ids, None, pixels))
+    reached = np.eye(layers[0].shape[-1])
+    backwards = np.eye(len(reached))
+    for layer in layers:
+        mixed = 0.5 * layer[0].double().mean(dim=0).numpy() + 0.5 * np.eye(len(reached))
+        reached, backwards = mixed @ reached, backwards @ mixed
+    np.testing.assert_allclose(found.weights, reached[:4, -16:], atol=1e-6)
+    assert np.abs(found.weights - backwards[:4, -16:]).max() > 1e-4
+    assert found.layer == "rollout"
+
+
+def test_attention_of_a_list_is_that_of_each_and_a_layer_that_is_not_there_is_named(
+    pretrained, data
+):
+    for run in (pretrained, untrained("vqa", data)):
+        each = run.attention([noise(0), noise(1)], "red")
+        for one, seed in zip(each, (0, 1), strict=True):
+            assert (one.weights == run.attention(noise(seed), "red").weights).all()
+        assert (each[0].weights != each[1].weights).any()
+        layers = run.model.config.layers
+        for wrong in (0, layers + 1, True, "last"):
+            with pytest.raises(ConfigError, match=rf"1\.\.{layers} or 'rollout', found {wrong!r}"):
+                run.attention(noise(0), "red", wrong)
+
+
+# ------------------------------------------------------------------ the same pixels everywhere
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data:UserWarning")
+def test_hand_made_pictures_are_the_same_pixels_in_training_evaluation_and_here(tmp_path):
+    """D03: three callers bit-equal, and refused for the same reason where they are refused."""
+    loaded = tiny_run(write_world(tmp_path / "world"))
+    run = Predictor(loaded, "d" * 64)
+    records = ((f"{i:04d}", {"png": data}) for i, (_, data, _) in enumerate(CASES))
+    shards = [str(path) for path in write_shards(records, tmp_path, "made", 100)]
+    config = loaded.config
+    pictures = PictureSettings(
+        image_size=config.model.image_size,
+        patch=config.model.patch,
+        crop=config.input.images,
+        masking=config.masking,
+    )
+    stream = ImageStream([RecordSource("made", shards)], seed=0, pictures=pictures)
+    seen = set()
+    for i, (name, data, wanted) in enumerate(CASES):
+        (tmp_path / "file").write_bytes(data)
+        if isinstance(wanted, str):
+            with pytest.raises(BadSample) as trained:
+                stream.sample(Visit("made", 0, i))
+            with pytest.raises(BadImage) as evaluated:
+                open_picture(loaded, data)
+            for form in (data, tmp_path / "file"):
+                with pytest.raises(InputError, match=f": {evaluated.value.reason}: "):
+                    run.encode_image(form)
+            assert trained.value.reason == evaluated.value.reason, name
+            continue
+        trained_on = stream.sample(Visit("made", 0, i)).pixels
+        assert (open_picture(loaded, data) == trained_on).all(), name
+        for form in (data, tmp_path / "file", str(tmp_path / "file")):
+            found = run.fill_patches(form, [0])
+            assert (found.picture.transpose(2, 0, 1) == trained_on).all(), name
+        seen.add(trained_on.tobytes())
+    assert len(CASES) >= 40 and len(seen) > 12
+
+
 # ------------------------------------------------------------------ modes
 
 
 CALLS: dict[str, tuple[Any, ...]] = {
+    "encode_image": (noise(0),),
+    "encode_text": ("red",),
+    "encode_pair": (noise(0), "red"),
+    "attention": (noise(0), "red"),
     "fill_words": ("a [MASK]",),
     "fill_patches": (noise(0),),
     "classify": (noise(0),),
@@ -215,14 +435,29 @@ def test_a_mode_that_a_run_lacks_names_the_command_that_makes_one(task, data, tm
     else:
         run = untrained(task, data)
     assert run.trained_for == task and run.modes == MODES[task]
+    makers: dict[str, str] = {}
     for other, methods in MODES.items():
-        command = "vlbeit pretrain" if other == PRETRAINING else f"vlbeit finetune {other} --start"
         for method in methods:
-            if other != task:
-                with pytest.raises(ConfigError, match=f"no {method}; .*`{command}"):
-                    getattr(run, method)(*CALLS[method])
+            makers.setdefault(method, other)  # pretraining comes first
+    for method, other in makers.items():
+        command = "vlbeit pretrain" if other == PRETRAINING else f"vlbeit finetune {other} --start"
+        assert command_for(method).startswith(command)
+        if method not in MODES[task]:
+            with pytest.raises(ConfigError, match=f"no {method}; .*`{command}"):
+                getattr(run, method)(*CALLS[method])
     assert task in repr(run) and all(mode in repr(run) for mode in run.modes)
-    assert set(CALLS) == {method for methods in MODES.values() for method in methods}
+    assert set(CALLS) == set(makers)
+
+
+def test_a_run_that_never_read_pictures_or_pairs_says_so(data, tmp_path):
+    words = Predictor(tiny_run(write_world(tmp_path), visual=False), "")
+    assert words.modes == ("fill_words", "encode_text")
+    dual = retrieval(data, matching=0)
+    assert set(MODES["retrieval"]) - set(dual.modes) == {"rerank", "encode_pair", "attention"}
+    for run in (words, dual):
+        for method in ("encode_pair", "attention"):
+            with pytest.raises(ConfigError, match=f"no {method}; .*`vlbeit pretrain"):
+                getattr(run, method)(*CALLS[method])
 
 
 def test_a_statement_is_judged_as_by_the_task(data):

@@ -45,13 +45,15 @@ class FilledWords:
 class FilledPatches:
     """Codes of every patch: the tokenizer's own and, at hidden places, the model's guesses.
 
-    Shapes: hidden (P,) bool; answers, filled (P,) int64; pictures (height, width, 3) uint8.
+    Shapes: hidden (P,) bool; answers, filled (P,) int64; probabilities (P,) float32, that of the
+    code which was filled in, 1 where nothing was hidden; pictures (height, width, 3) uint8.
     """
 
     grid: tuple[int, int]
     hidden: np.ndarray
     answers: np.ndarray
     filled: np.ndarray
+    probabilities: np.ndarray
     picture: np.ndarray
     answers_decoded: np.ndarray
     filled_decoded: np.ndarray
@@ -199,8 +201,11 @@ def guess_patches(
             states = run.model.embed_pair(words, None, pixels, masked)
             wanted = torch.nn.functional.pad(masked, (states.x.shape[1] - masked.shape[1], 0))
         logits = run.model.heads["mim"](run.model.backbone.rows(states, wanted)).float()
+        best = logits.softmax(-1).max(dim=-1)
         filled = answers.clone()
-        filled[masked[0]] = logits.argmax(-1)
+        filled[masked[0]] = best.indices
+        probabilities = torch.ones(masked.shape[1], device=run.device)
+        probabilities[masked[0]] = best.values
         rows, columns = grid_of(run)
         decoded = run.visual.decode(torch.stack((answers, filled)).view(2, rows, columns))
     shown = decoded.permute(0, 2, 3, 1).cpu().numpy()
@@ -209,6 +214,7 @@ def guess_patches(
         hidden=hidden,
         answers=answers.cpu().numpy(),
         filled=filled.cpu().numpy(),
+        probabilities=probabilities.cpu().numpy(),
         picture=np.ascontiguousarray(picture.transpose(1, 2, 0)),
         answers_decoded=shown[0],
         filled_decoded=shown[1],

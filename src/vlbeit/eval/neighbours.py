@@ -20,6 +20,7 @@ from vlbeit.data.task_stream import TaskStream, open_task
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.downstream import estimates, held_out_stream
 from vlbeit.eval.heldout import batches_of, visits_of
+from vlbeit.eval.vectors import patches_of
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import Figure, build_task, learn_facts
 from vlbeit.tokens.text import TextTokenizer
@@ -35,8 +36,9 @@ def features(
     names: list[str] = []
     with torch.no_grad():
         for batch in batches_of(stream, visits_of(stream, 0), size, bad):
-            x = model.backbone(model.embed_image(batch.to(device).image()))
-            found.append(F.normalize(x[:, 1:].mean(dim=1).float(), dim=-1).cpu())
+            states = model.embed_image(batch.to(device).image())
+            mean = model.backbone.mean(states, patches_of(states))
+            found.append(F.normalize(mean.float(), dim=-1).cpu())
             labels.append(batch.targets["label"].numpy())
             names += batch.sample_ids
     if not found:

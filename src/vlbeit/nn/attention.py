@@ -1,6 +1,7 @@
 """Multi-head self-attention shared by all modalities, and the one place that picks its kernel."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,36 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
         return             (B, H, L, d)
     """
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1])), key.transpose(-2, -1))
-        if bias is not None:
-            scores = scores + bias.to(scores.dtype)
-        return torch.matmul(scores.softmax(dim=-1), value)
+        return torch.matmul(attention_weights(query, key, bias), value)
     if bias is not None:
         bias = bias.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def attention_weights(query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias): (B, H, L, L), rows add up to 1. Arguments as of `attend`."""
+    scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1])), key.transpose(-2, -1))
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    return scores.softmax(dim=-1)
+
+
+def rollout(weights: Sequence[Tensor]) -> Tensor:
+    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928, section 3): what of each input
+    token reaches each token after the last of these layers, if the residual path carries half.
+
+    Each layer's weights are averaged over the heads and mixed half and half with the identity; the
+    layers are multiplied.
+
+    Shapes: weights (B, H, L, L) of each layer, the first layer first; return (B, L, L), rows add up
+    to 1.
+    """
+    first = weights[0]
+    reached = torch.eye(first.shape[-1], dtype=first.dtype, device=first.device)
+    reached = reached.expand(len(first), -1, -1)
+    for layer in weights:
+        reached = 0.5 * (torch.matmul(layer.mean(dim=1), reached) + reached)
+    return reached
 
 
 class Attention(nn.Module):
@@ -45,11 +69,20 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, H, L, d)."""
         batch, length, width = x.shape
         qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         qkv = qkv.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # each (B, H, L, d)
-        mixed = attend(query, key, value, bias)
-        return mixed.transpose(1, 2).reshape(batch, length, width)
+        query, key, value = qkv.unbind(0)
+        return query, key, value
+
+    def weights(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, H, L, L): what `forward` mixes the values with, rows add up to 1."""
+        query, key, _ = self.queries_keys_values(x)
+        return attention_weights(query, key, bias)
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        mixed = attend(*self.queries_keys_values(x), bias)
+        return mixed.transpose(1, 2).reshape(x.shape)

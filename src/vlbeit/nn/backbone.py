@@ -97,6 +97,19 @@ class Backbone(nn.Module):
             kept[layer + 1] = x
         return [kept[layer] for layer in layers]
 
+    def attention_weights(self, states: States) -> list[Tensor]:
+        """(B, H, L, L) of every layer, the first first: what its attention mixes the values with.
+
+        Fused kernels never hold these numbers, so they are computed beside the forward pass, from
+        the same projections; a row adds up to 1 and padding gets 0.
+        """
+        x, kept = states.x, []
+        biases = self._biases(states)
+        for layer, block in enumerate(self.blocks):
+            kept.append(block.attention.weights(block.norm1(x), biases[layer]))  # type: ignore[operator, union-attr]
+            x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
+        return kept
+
     def rows(self, states: States, wanted: Tensor) -> Tensor:
         """(N, D), the wanted tokens in row-major order: the same numbers as `forward(...)[wanted]`.
 
@@ -123,6 +136,12 @@ class Backbone(nn.Module):
         wanted = torch.zeros(states.x.shape[:2], dtype=torch.bool, device=states.x.device)
         wanted[:, 0] = True
         return self.rows(states, wanted)
+
+    def mean(self, states: States, wanted: Tensor) -> Tensor:
+        """(B, D), the mean of the wanted tokens after the final norm; wanted (B, L) bool, at least
+        one in each row."""
+        share = wanted / wanted.sum(dim=1, keepdim=True)
+        return torch.einsum("bl,bld->bd", share.to(states.x.dtype), self(states))
 
 
 def layer_draws(states: States, layer: int) -> Tensor | None:

@@ -9,7 +9,7 @@ Where a list is given for a picture or a text, a list comes back; a single one b
 all. Pictures and texts pass the same functions as in `vlbeit eval`, so the answers are the same.
 
 What a run can do depends on what it was trained for. To add a task: its methods in MODES, and each
-of these methods, which begins with `self._task("NAME")`.
+of these methods, which begins with `self._task("NAME", "METHOD")`.
 """
 
 import warnings
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -37,6 +38,8 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval import fill
 from vlbeit.eval.downstream import TaskRun, load_task_run
 from vlbeit.eval.evaluate import LoadedRun, load_run
+from vlbeit.eval.vectors import image_vectors, pair_vectors, text_vectors
+from vlbeit.eval.word_attention import Attended, Layer, word_attention
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.upernet import resize
 from vlbeit.tasks.classification import Classification
@@ -55,16 +58,19 @@ from vlbeit.tasks.vqa import Vqa
 from vlbeit.types import TaskBatch
 
 PRETRAINING = "pretraining"
+PAIRS = ("encode_pair", "attention")
+ENCODERS = ("encode_image", "encode_text", *PAIRS)
 MODES: dict[str, tuple[str, ...]] = {
-    PRETRAINING: ("fill_words", "fill_patches"),
-    "classification": ("classify",),
-    "vqa": ("answer",),
-    "statements": ("compare",),
-    "retrieval": ("match", "index", "search", "rerank"),
-    "entailment": ("entail",),
+    PRETRAINING: ("fill_words", "fill_patches", *ENCODERS),
+    "classification": ("classify", "encode_image"),
+    "vqa": ("answer", *PAIRS),
+    "statements": ("compare", *PAIRS),
+    "retrieval": ("match", "index", "search", "rerank", *ENCODERS),
+    "entailment": ("entail", *PAIRS),
     "segmentation": ("segment",),
 }
-"""What a run was trained for, and the methods that ask it."""
+"""What a run was trained for, and the methods that ask it: what its training has shaped. (A run of
+segmentation has no single vector of a picture; one of questions never saw a picture alone.)"""
 BATCH = 32
 """Most samples in one forward pass."""
 
@@ -132,6 +138,14 @@ class Match(NamedTuple):
     """By the fused pass; None for a run without matching."""
 
 
+def command_for(method: str) -> str:
+    """The command that makes a run with this method, one of those in MODES."""
+    task = next(task for task, methods in MODES.items() if method in methods)
+    if task == PRETRAINING:
+        return "vlbeit pretrain RECIPE --data DIR --run-dir NEW"
+    return f"vlbeit finetune {task} --start RUN --data DIR --run-dir NEW"
+
+
 def load(
     place: str | Path, device: str = "auto", log: Callable[[str], None] = warnings.warn
 ) -> "Predictor":
@@ -176,15 +190,92 @@ class Predictor:
     @property
     def modes(self) -> tuple[str, ...]:
         """The methods that this run can answer."""
+        lacking: tuple[str, ...] = ()
+        if isinstance(self.run, LoadedRun):
+            if self.run.visual is None:  # trained on words only
+                lacking = ("fill_patches", "encode_image", *PAIRS)
+        elif isinstance(self.run.head, RetrievalHead) and self.run.head.matching is None:
+            lacking = ("rerank", *PAIRS)  # never saw a pair in one pass
         found = MODES.get(self.trained_for, ())
-        head = self.run.head if isinstance(self.run, TaskRun) else None
-        if isinstance(head, RetrievalHead) and head.matching is None:
-            return tuple(method for method in found if method != "rerank")
-        return found
+        return tuple(method for method in found if method not in lacking)
 
     def __repr__(self) -> str:
         said = ", ".join(self.modes) or "nothing yet"
         return f"<vlbeit run {self.run.folder}: {self.trained_for} ({said})>"
+
+    # ---- vectors and attention
+
+    @overload
+    def encode_image(self, images: Many, *, normalised: bool = True) -> np.ndarray: ...
+    @overload
+    def encode_image(self, images: Picture, *, normalised: bool = True) -> np.ndarray: ...
+
+    def encode_image(self, images: Any, *, normalised: bool = True) -> np.ndarray:
+        """(D,) float32 of a picture, (N, D) of a list; `vlbeit.eval.vectors` says which vector.
+
+        Args:
+            normalised: scaled to length 1. For a retrieval run the vectors are then those of
+                `index`, and their products are the cosines of `match`.
+        """
+        self._check_mode("encode_image")
+        run = self.run
+
+        def encoded(rows: list[tuple[Any, ...]]) -> list[np.ndarray]:
+            pixels = torch.from_numpy(self._pixels([row[0] for row in rows])).to(run.device)
+            return list(on_cpu(image_vectors(run, pixels), normalised))
+
+        return self._stacked((images,), encoded)
+
+    def encode_text(self, texts: str | Many, *, normalised: bool = True) -> np.ndarray:
+        """(D,) float32 of a text, (N, D) of a list; otherwise as `encode_image`."""
+        self._check_mode("encode_text")
+        run = self.run
+
+        def encoded(rows: list[tuple[Any, ...]]) -> list[np.ndarray]:
+            words, valid = self._padded([row[0] for row in rows])
+            return list(on_cpu(text_vectors(run, words, valid), normalised))
+
+        return self._stacked((texts,), encoded)
+
+    def encode_pair(
+        self, image: Picture | Many, text: str | Many, *, normalised: bool = True
+    ) -> np.ndarray:
+        """(D,) float32 of a picture with its text, (N, D) of lists; otherwise as `encode_image`."""
+        self._check_mode("encode_pair")
+        run = self.run
+
+        def encoded(rows: list[tuple[Any, ...]]) -> list[np.ndarray]:
+            pixels = torch.from_numpy(self._pixels([row[0] for row in rows])).to(run.device)
+            words, valid = self._padded([row[1] for row in rows])
+            return list(on_cpu(pair_vectors(run, words, valid, pixels), normalised))
+
+        return self._stacked((image, text), encoded)
+
+    @overload
+    def attention(self, image: Picture, text: str, layer: Layer = "rollout") -> Attended: ...  # type: ignore[overload-overlap]
+    @overload
+    def attention(
+        self, image: Picture | Many, text: str | Many, layer: Layer = "rollout"
+    ) -> list[Attended]: ...
+
+    def attention(self, image: Any, text: Any, layer: Layer = "rollout") -> Any:
+        """What of each word's attention goes to each patch, in the fused pass of a pair.
+
+        Averaged over heads, at one layer (1 is the first) or by attention rollout over all of them
+        (Abnar & Zuidema 2020, arXiv 2005.00928). The text of a pretrained run may hold [MASK].
+
+        Raises:
+            ConfigError: no such layer, or a run that never read pairs.
+            InputError: a bad picture, or a text that is empty or too long.
+        """
+        self._check_mode("attention")
+        return self._each(
+            (image, text),
+            lambda rows: [
+                word_attention(self.run, self._ids(said), self._pixels([shown])[0], layer)
+                for shown, said in rows
+            ],
+        )
 
     # ---- pretraining
 
@@ -203,20 +294,27 @@ class Predictor:
             raise InputError(f"the text {text[:80]!r}: {error.detail}") from None
 
     def fill_patches(
-        self, image: Picture, share: float = 0.4, text: str | None = None, seed: int = 0
+        self,
+        image: Picture,
+        hidden: float | Sequence[int] | np.ndarray = 0.4,
+        text: str | None = None,
+        seed: int = 0,
     ) -> fill.FilledPatches:
-        """The model's codes for a share of the patches, hidden in blocks that `seed` chooses.
+        """The model's codes for hidden patches, with a text or from the rest of the picture alone.
+
+        Args:
+            hidden: numbers of patches, row-major; or a bool array (P,) or (rows, columns), True
+                where hidden; or a share in (0, 1] of them, in blocks that `seed` chooses.
 
         Raises:
-            ConfigError: the run is fine-tuned, or the share is not in (0, 1].
-            InputError: no visual tokenizer, a bad text or a bad picture.
+            ConfigError: the run is fine-tuned, or `hidden` is none of these; names the range.
+            InputError: no visual tokenizer, nothing hidden, a bad text or a bad picture.
         """
         run = self._pretrained("fill_patches")
-        if not 0 < share <= 1:
-            raise ConfigError(f"the share of hidden patches must be in (0, 1], found {share}")
+        where = hidden_patches(run, hidden, seed)
         picture = self._pixels([image])[0]
         try:
-            return fill.fill_patches(run, picture, fill.hide_share(run, share, seed), text)
+            return fill.fill_patches(run, picture, where, text)
         except BadText as error:
             raise InputError(f"the text {str(text)[:80]!r}: {error.detail}") from None
 
@@ -453,7 +551,7 @@ class Predictor:
     def _task(self, task: str, method: str) -> TaskRun:
         if isinstance(self.run, TaskRun) and self.run.config.task == task:
             return self.run
-        raise self._lacks(method, f"vlbeit finetune {task} --start RUN --data DIR --run-dir NEW")
+        raise self._lacks(method)
 
     def _retrieval(self, method: str) -> tuple[TaskRun, RetrievalHead]:
         run = self._task("retrieval", method)
@@ -463,14 +561,29 @@ class Predictor:
     def _pretrained(self, method: str) -> LoadedRun:
         if isinstance(self.run, LoadedRun):
             return self.run
-        raise self._lacks(method, "vlbeit pretrain RECIPE --data DIR --run-dir NEW")
+        raise self._lacks(method)
 
-    def _lacks(self, method: str, command: str) -> ConfigError:
+    def _check_mode(self, method: str) -> None:
+        if method not in self.modes:
+            raise self._lacks(method)
+
+    def _lacks(self, method: str) -> ConfigError:
         return ConfigError(
             f"{self.run.folder} was trained for {self.trained_for} and has no {method}; it has "
             f"{', '.join(self.modes) or 'none of these methods'}. A run that has it comes from "
-            f"`{command}`"
+            f"`{command_for(method)}`"
         )
+
+    def _stacked(
+        self,
+        values: tuple[Any, ...],
+        ask: Callable[[list[tuple[Any, ...]]], list[np.ndarray]],
+    ) -> np.ndarray:
+        """`_each` of vectors: (D,), or (N, D) if one of the values is a list."""
+        found = self._each(values, ask)
+        if isinstance(found, np.ndarray):
+            return found
+        return np.stack(found) if found else np.zeros((0, self.model.config.width), np.float32)
 
     def _each(
         self, values: tuple[Any, ...], ask: Callable[[list[tuple[Any, ...]]], list[T]]
@@ -512,6 +625,26 @@ class Predictor:
             targets={},
         ).to(run.device)
 
+    def _ids(self, text: str) -> np.ndarray:
+        """(W,) of a text as the run was trained on it; with [MASK] where a pretrained one reads
+        so."""
+        if isinstance(self.run, TaskRun):
+            return self._words(text, self.run.config.input.text_length)
+        if not isinstance(text, str):
+            raise ConfigError(f"expected a text, found {type(text).__name__}")
+        try:
+            ids = fill.masked_ids(self.run, text)
+        except BadText as error:
+            raise InputError(f"the text {text[:80]!r}: {error.detail}") from None
+        if len(ids) == 2:
+            raise InputError(f"the text {text[:80]!r}: no token is left after tokenizing")
+        return ids
+
+    def _padded(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """(B, W) int64 words and (B, W) bool, True at a real one."""
+        words, valid = map(torch.from_numpy, pad_words([self._ids(text) for text in texts]))
+        return words.to(self.run.device), valid.to(self.run.device)
+
     def _words(self, text: str, longest: int) -> np.ndarray:
         if not isinstance(text, str):
             raise ConfigError(f"expected a text, found {type(text).__name__}")
@@ -524,6 +657,52 @@ class Predictor:
         """(N, 3, height, width) uint8 at the model's size: whole and squashed, as in `eval`."""
         size = self.run.config.model.image_size
         return np.stack([plain(read_picture(image), size) for image in images])
+
+
+def on_cpu(vectors: Tensor, normalised: bool) -> np.ndarray:
+    """(B, D) float32."""
+    if normalised:
+        vectors = F.normalize(vectors, dim=1)
+    return vectors.cpu().numpy()
+
+
+def hidden_patches(
+    run: LoadedRun, hidden: float | Sequence[int] | np.ndarray, seed: int
+) -> np.ndarray:
+    """(P,) bool of what `Predictor.fill_patches` takes.
+
+    Raises:
+        ConfigError: a share, a number or a shape out of range.
+    """
+    rows, columns = fill.grid_of(run)
+    if isinstance(hidden, int | float) and not isinstance(hidden, bool):
+        if not 0 < hidden <= 1:
+            raise ConfigError(f"the share of hidden patches must be in (0, 1], found {hidden}")
+        return fill.hide_share(run, hidden, seed)
+    given = np.asarray(hidden)
+    patches = rows * columns
+    if given.dtype == bool:
+        if given.shape not in ((patches,), (rows, columns)):
+            raise ConfigError(
+                f"hidden patches as bools are ({patches},) or ({rows}, {columns}), found "
+                f"{given.shape}"
+            )
+        return given.reshape(-1)
+    where = np.zeros(patches, dtype=bool)
+    if given.size == 0:
+        return where
+    if given.ndim != 1 or not np.issubdtype(given.dtype, np.integer):
+        raise ConfigError(
+            "hidden patches are a share, a list of whole numbers, or bools, found "
+            f"{given.dtype} {given.shape}"
+        )
+    if given.min() < 0 or given.max() >= patches:
+        wrong = given.min() if given.min() < 0 else given.max()
+        raise ConfigError(
+            f"patches have the numbers 0..{patches - 1} ({rows} rows of {columns}), found {wrong}"
+        )
+    where[given] = True
+    return where
 
 
 def read_picture(given: Picture) -> np.ndarray:

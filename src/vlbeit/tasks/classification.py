@@ -158,10 +158,14 @@ class Classification:
 
     def logits(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> Tensor:
         """(B, classes) float32."""
-        states = model.embed_image(batch.image(), depth_draws=batch.draws())
-        x = model.backbone.taps(states, [len(model.backbone.blocks)])[0]  # before the final norm
-        logits: Tensor = head(x[:, 1:].mean(dim=1))
+        logits: Tensor = head(self.features(model, batch.image(), batch.draws()))
         return logits.float()
+
+    def features(self, model: VLBeit, pixels: Tensor, draws: Tensor | None = None) -> Tensor:
+        """(B, D): the mean of the patch vectors before the final norm, which the head reads."""
+        states = model.embed_image(pixels, depth_draws=draws)
+        x = model.backbone.taps(states, [len(model.backbone.blocks)])[0]
+        return x[:, 1:].mean(dim=1)
 
     def score(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> dict[str, Score]:
         """Cross-entropy with the soft targets; `correct` by the picture's own label."""

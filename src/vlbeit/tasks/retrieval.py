@@ -397,16 +397,32 @@ def encode_images(
     model: VLBeit, head: RetrievalHead, pixels: Tensor, draws: Tensor | None = None
 ) -> Tensor:
     """(B, 3, height, width) to (B, D) float32 of length 1."""
+    return F.normalize(project_images(model, head, pixels, draws), dim=1)
+
+
+def project_images(
+    model: VLBeit, head: RetrievalHead, pixels: Tensor, draws: Tensor | None = None
+) -> Tensor:
+    """`encode_images` before the vectors are scaled to length 1."""
     states = model.embed_image(pixels, depth_draws=draws)
-    return F.normalize(head.image(model.backbone.first(states)).float(), dim=1)
+    vectors: Tensor = head.image(model.backbone.first(states))
+    return vectors.float()
 
 
 def encode_texts(
     model: VLBeit, head: RetrievalHead, words: Tensor, valid: Tensor, draws: Tensor | None = None
 ) -> Tensor:
     """(B, W) to (B, D) float32 of length 1."""
+    return F.normalize(project_texts(model, head, words, valid, draws), dim=1)
+
+
+def project_texts(
+    model: VLBeit, head: RetrievalHead, words: Tensor, valid: Tensor, draws: Tensor | None = None
+) -> Tensor:
+    """`encode_texts` before the vectors are scaled to length 1."""
     states = model.embed_text(words, valid, draws)
-    return F.normalize(head.text(model.backbone.first(states)).float(), dim=1)
+    vectors: Tensor = head.text(model.backbone.first(states))
+    return vectors.float()
 
 
 def fuse(
