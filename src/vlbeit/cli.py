@@ -67,6 +67,10 @@ VERBS: dict[str, Verb] = {
         "find pictures for a text, or texts for a picture, in an index",
         "vlbeit.serve.search:search",
     ),
+    "serve": Verb(
+        "answer over HTTP, with a page to play with: every mode of one or more runs",
+        "vlbeit.serve.server:main",
+    ),
     "report": Verb(
         "one page about a run: curves, filled-in words and patches, tables",
         "vlbeit.eval.report:main",

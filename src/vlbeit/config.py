@@ -510,6 +510,47 @@ class TokenizerRunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """`vlbeit serve`: every limit of the server. docs/serve.md says what each defends against."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0: a free one."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Host names that a request may ask for, beside `host` and the loopback names."""
+    token: str = ""
+    """What a client must show (bearer token, or password of HTTP Basic); empty: nothing."""
+    allow_anonymous: bool = False
+    """Serve without a token on an address that other machines reach."""
+    batch: int = 32
+    """Most requests of one mode that go through the model together; 1: one at a time."""
+    batch_window: float = 0.0
+    """Seconds the model waits for more requests of the mode before a batch that is not full."""
+    queue: int = 256
+    """Requests that may wait for the model; one more is answered 503."""
+    deadline: float = 10.0
+    """Seconds from a request's body to its answer; later: 504."""
+    receive_seconds: float = 10.0
+    """Seconds for the head of a request, for its body, and for an idle connection."""
+    send_seconds: float = 30.0
+    """Seconds in which a client must take what was sent."""
+    drain_seconds: float = 8.0
+    """Seconds after SIGTERM in which accepted requests are finished."""
+    max_body: int = 10_000_000
+    """Bytes of a request's body; more: 413."""
+    max_held: int = 128_000_000
+    """Bytes of all bodies held at one time, those still arriving included; more: 503."""
+    max_pixels: int = 25_000_000
+    """Width times height of a picture, checked before it is decoded; more: 413."""
+    max_characters: int = 4_000
+    """Of a text; more: 413."""
+    max_top: int = 100
+    """Candidates that a request may ask for."""
+    decoders: int = 2
+    """Threads that decode pictures: each holds one decoded picture at a time."""
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The tree as plain dicts, lists, numbers and strings (what config.json holds)."""
 

@@ -19,7 +19,7 @@ from vlbeit import __version__
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": ("tensorboard", "sentencepiece"),
-    "serve": ("starlette", "uvicorn", "python_multipart"),
+    "serve": ("starlette", "uvicorn", "python_multipart", "prometheus_client"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hf": ("transformers",),
 }

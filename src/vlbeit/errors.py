@@ -50,7 +50,7 @@ class StopRequested(VLBeitError):
 
 
 class UnsafeError(VLBeitError):
-    """A file whose loading could run code or exhaust the machine."""
+    """A file whose loading could run code or exhaust the machine, or a server open to strangers."""
 
     exit_code = 77
 
