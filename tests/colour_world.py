@@ -80,7 +80,9 @@ def train_colour_world(folder: Path) -> Path:
         runtime=RuntimeConfig(threads=1),
         tokenizers=replace(
             config.tokenizers,
-            train_visual=replace(visual, codes=16, decay=0.9, total_steps=VISUAL_STEPS, warmup_steps=20),
+            train_visual=replace(
+                visual, codes=16, decay=0.9, total_steps=VISUAL_STEPS, warmup_steps=20
+            ),
         ),
     )
     start = pretrain(config)
