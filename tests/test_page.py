@@ -719,6 +719,8 @@ def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         for line in job.stdout:
             if "serving on" in line:
                 break
+        else:
+            pytest.fail(f"vlbeit serve ended with {job.wait()} before it listened")
         yield folder, f"http://127.0.0.1:{port}"
     finally:
         job.terminate()
