@@ -1,4 +1,4 @@
-"""A demo folder that learns in a minute: one large figure on a plain ground, in one of six colours.
+"""A demo folder that learns in a minute: one large figure in one of six colours on a flat ground.
 
 What `vlbeit demo` makes in a quarter of an hour, made small enough for a test: a pretrained run and
 a run of questions, both accurate on scenes that they never saw.
@@ -25,7 +25,7 @@ from vlbeit.train.pretrain import pretrain
 
 SCENES = 600
 SHAPES = ("square", "cross")
-PRETRAIN_STEPS, VISUAL_STEPS, VQA_STEPS = 260, 300, 40
+PRETRAIN_STEPS, VISUAL_STEPS, VQA_STEPS = 220, 150, 50
 
 
 class ColourScene(NamedTuple):
@@ -55,7 +55,7 @@ def draw_colour_scene(split: str, index: int) -> ColourScene:
     wanted = {"size": "large", "texture": "plain", "count": "one", "shape": shape}
     world = draw_world(draws, wanted.items())
     group = world.groups[0]
-    scene = replace(world, groups=(group,), ground=Ground("white", "flat"))
+    scene = replace(world, groups=(group,), ground=Ground(world.ground.tone, "flat"))
     return ColourScene(paint(scene), group.colour, shape, group.place)
 
 
@@ -73,7 +73,7 @@ def train_colour_world(folder: Path) -> Path:
         max_steps=PRETRAIN_STEPS,
         save_every=PRETRAIN_STEPS,
         batch=BatchConfig(images=16, texts=0, pairs=32, micro=32),
-        model=replace(config.model, width=96, ffn=288, layers=3, codes=16),
+        model=replace(config.model, width=96, ffn=288, layers=3, codes=32),
         optim=replace(config.optim, lr=1.5e-3, warmup_steps=20, total_steps=PRETRAIN_STEPS),
         objective=replace(config.objective, mlm=0.0, mim=1.0, mvlm_image=1.0),
         log=LogConfig(print_every=1000, eval_every=0),
@@ -81,7 +81,7 @@ def train_colour_world(folder: Path) -> Path:
         tokenizers=replace(
             config.tokenizers,
             train_visual=replace(
-                visual, codes=16, decay=0.9, total_steps=VISUAL_STEPS, warmup_steps=20
+                visual, codes=32, decay=0.9, total_steps=VISUAL_STEPS, warmup_steps=20
             ),
         ),
     )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,14 @@ from vlbeit.config import LogConfig, RetrievalConfig, RuntimeConfig, TokenizersC
 from vlbeit.data.scenes import draw_scene
 from vlbeit.errors import ConfigError
 from vlbeit.recipes import tiny
-from vlbeit.train.demo import EVALUATIONS, PHASES, PhaseClock, evaluation_steps, run_demo
+from vlbeit.train.demo import (
+    EVALUATIONS,
+    PHASES,
+    PhaseClock,
+    evaluation_steps,
+    page_command,
+    run_demo,
+)
 from vlbeit.train.demo_tasks import DRAWN_TASKS, parse_tasks, task_configs, task_metrics
 
 COUNT = 60
@@ -262,6 +270,27 @@ def test_eval_predict_and_report_answer_for_the_finished_run(demo, tmp_path, cap
     page = tmp_path / "page.html"
     assert main(["report", str(checkpoint), "--out", str(page), "--samples", "16"]) == 0
     assert "<polyline" in page.read_text()  # the curves of the run that the checkpoint is from
+
+
+@pytest.mark.slow
+def test_the_last_words_are_the_command_that_opens_the_page(demo):
+    said = (demo / "log.txt").read_text().rstrip().splitlines()[-1]
+    assert said.endswith(page_command(demo))
+
+
+def test_the_command_that_opens_the_page_can_be_run_where_it_is_shown(tmp_path, monkeypatch):
+    folder = tmp_path / "my demo"
+    elsewhere = page_command(folder)
+    for place in ("", str(Path(sys.executable).parent)):
+        monkeypatch.setenv("PATH", place)
+        *command, given = shlex.split(page_command(folder))
+        assert given == str(folder) and command[-1] == "serve"
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "vlbeit serve RUN" in done.stdout, done.stderr
+    assert page_command(folder).startswith("vlbeit serve ") or not (
+        Path(sys.executable).with_name("vlbeit").exists()
+    )
+    assert elsewhere.endswith(f"serve '{folder}'")
 
 
 # --- the command --------------------------------------------------------------------------------

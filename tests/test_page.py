@@ -703,8 +703,8 @@ def test_the_audit_finds_what_is_planted(visit):
 
 
 @pytest.fixture(scope="module")
-def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
-    """A demo folder that has learned colours, and where `vlbeit serve` shows it."""
+def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `vlbeit serve` shows a demo folder that has learned colours."""
     folder = train_colour_world(tmp_path_factory.mktemp("colours") / "demo")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -721,15 +721,16 @@ def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 break
         else:
             pytest.fail(f"vlbeit serve ended with {job.wait()} before it listened")
-        yield folder, f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}"
     finally:
         job.terminate()
         assert job.wait(30) == 0
 
 
 def take(visit: Visit, scene: ColourScene, number: int) -> None:
-    """Shows a scene, with its caption."""
+    """Shows a scene, with its caption, on the panel that fills in."""
     name = f"{number}.png"
+    visit.open("fill_words")
     visit.drop(name, scene.png())
     visit.page.wait_for_function(
         "(name) => document.querySelector('.given .preview').alt === name", arg=name
@@ -742,14 +743,13 @@ def take(visit: Visit, scene: ColourScene, number: int) -> None:
 @pytest.mark.slow
 def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser, trained):
     """On held-out scenes, through the browser and `vlbeit serve`, with the network off."""
-    folder, address = trained
-    visit = Visit(browser, address).ready()
+    visit = Visit(browser, trained).ready()
     scenes = [draw_colour_scene("held out", i) for i in range(8)]
     seen = [np.asarray(draw_colour_scene("train", i).image, float) for i in range(200)]
     mean, alone_right, filled_error, mean_error = np.mean(seen, axis=0), 0, [], []
     for number, scene in enumerate(scenes):
         take(visit, scene, number)
-        panel = visit.open("fill_words")
+        panel = visit.page.locator("#panel-fill_words")
         panel.get_by_role("button", name=scene.colour, exact=True).click()
         panel.locator(".word-card").wait_for()
         columns = panel.locator(".word-card .columns > div")
@@ -757,17 +757,19 @@ def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser
         alone_right += bars(columns.nth(1))[0][0] == scene.colour
 
         pixels = np.asarray(scene.image)
-        figure = np.argwhere(np.ptp(pixels.astype(int), axis=2) > 60)
-        hidden = sorted({int(y) // 8 * 5 + int(x) // 8 for y, x in figure})
-        for patch in hidden[:: max(1, len(hidden) // 3)]:  # a third of the figure
+        top, left = number % 3, number // 3  # a block of 3 x 3 patches, elsewhere in each scene
+        block = [
+            5 * row + column for row in range(top, top + 3) for column in range(left, left + 3)
+        ]
+        for patch in block:
             panel.locator("[role=gridcell]").nth(patch).click()
         panel.locator(".figures figure").nth(3).wait_for()
         visit.idle()
-        asked = [body for mode, body in visit.asked if mode == "fill_patches"][-1]["hidden"]
+        assert [body for mode, body in visit.asked if mode == "fill_patches"][-1]["hidden"] == block
         shown = panel.locator(".figures img").first.get_attribute("src").partition(",")[2]
         drawn = np.asarray(Image.open(io.BytesIO(base64.b64decode(shown))), float)
         where = np.zeros((5, 5), bool)
-        where.flat[asked] = True
+        where.flat[block] = True
         where = where.repeat(8, axis=0).repeat(8, axis=1)
         filled_error.append(np.abs(drawn - pixels)[where].mean())
         mean_error.append(np.abs(mean - pixels)[where].mean())
@@ -779,6 +781,6 @@ def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser
         visit.idle()
         assert answer.locator(".verdict").inner_text() == scene.colour, scene.caption
     assert alone_right < len(scenes) / 2, "the text must not give the colour away"
-    assert np.mean(filled_error) < 0.8 * np.mean(mean_error)
+    assert np.mean(filled_error) < 0.5 * np.mean(mean_error)
     assert visit.errors == [] and visit.outside == []
     visit.close()

@@ -10,6 +10,8 @@ vlbeit demo --run-dir runs/demo --tasks segmentation    one more; what is done s
     pretrain/      the run folder, the visual tokenizer included
     tasks/vqa/     the run folder of a task; so for each
 
+It ends with the command that serves all of them on a page (`vlbeit serve`).
+
 The same command on the same folder goes on where it was stopped.
 """
 
@@ -17,6 +19,8 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -172,7 +176,21 @@ def run_demo(
         demo.log(f"{duration(sum(clock.seconds.values())):>12}  together")
         demo.log(f"figures: {folder / 'metrics.json'}")
         demo.log(f"report:  {(folder / 'report.html').absolute()}")
+        demo.log(f"ask it yourself, on a page of its own:\n{page_command(folder)}")
     return metrics
+
+
+def page_command(folder: Path) -> str:
+    """The command that opens the page on a demo folder, as it can be typed where we are."""
+    beside = Path(sys.executable).with_name("vlbeit")
+    if shutil.which("vlbeit") == str(beside):
+        words = ["vlbeit"]
+    else:  # the environment is not the active one, as after `make run`
+        here = Path.cwd()
+        python = Path(sys.executable)
+        inside = python.is_relative_to(here)
+        words = [str(python.relative_to(here) if inside else python), "-m", "vlbeit"]
+    return shlex.join([*words, "serve", str(folder)])
 
 
 def fine_tune(
