@@ -76,7 +76,7 @@ VERBS: dict[str, Verb] = {
         "vlbeit.eval.report:main",
     ),
     "bench": Verb(
-        "time a pretraining step and the data loading on this machine",
+        "time a pretraining step, the data loading or the server on this machine",
         "vlbeit.train.bench:main",
     ),
     "doctor": Verb(

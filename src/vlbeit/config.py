@@ -535,7 +535,7 @@ class ServeConfig:
     """Seconds for the head of a request, for its body, and for an idle connection."""
     send_seconds: float = 30.0
     """Seconds in which a client must take what was sent."""
-    drain_seconds: float = 8.0
+    drain_seconds: float = 6.0
     """Seconds after SIGTERM in which accepted requests are finished."""
     max_body: int = 10_000_000
     """Bytes of a request's body; more: 413."""

@@ -122,13 +122,13 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guarded(scope, receive, send)
 
-    def leave(self) -> None:
-        """Stop being ready and refuse new work; what was begun may be finished. Called in the
-        event loop's thread."""
-        loop = asyncio.get_running_loop()
-        self.leaving_until = loop.time() + self.config.drain_seconds
+    def leave(self, seconds: float) -> None:
+        """Stop being ready and refuse new work; what was begun has so long to be finished. Called
+        in the event loop's thread."""
+        self.leaving_until = asyncio.get_running_loop().time() + seconds
         for timeout in self._receiving:
-            timeout.reschedule(min(timeout.when() or 0.0, self.leaving_until - 1.0))
+            # Half of the time for who still sends, half for the model.
+            timeout.reschedule(min(timeout.when() or 0.0, self.leaving_until - seconds / 2))
 
     @property
     def leaving(self) -> bool:
@@ -376,6 +376,12 @@ class Guard:
         try:
             self.check(Headers(scope=scope), scope["path"])
             await self.app(scope, receive, send_guarded)
+        except asyncio.CancelledError:
+            # Only the end of a drain cancels requests.
+            if status or not self.server.leaving:
+                raise
+            error = busy("leaving", "the server left before the answer was there", close=True)
+            await self.tell(error, request_id, receive, send_guarded)
         except ClientDisconnect:
             status = status or 499  # nobody to tell; the name is nginx's
         except Exception as error:

@@ -187,7 +187,7 @@ def parse_form(body: bytes, content_type: str) -> dict[str, Any]:
     if not boundary:
         raise ApiError(400, "bad_form", "multipart/form-data without a boundary")
     found: dict[str, Any] = {}
-    part, field_name, field_value, parts = Part(), b"", b"", 0
+    part, field_name, field_value, parts, complete = Part(), b"", b"", 0, False
 
     def begin() -> None:
         nonlocal part, parts
@@ -217,6 +217,10 @@ def parse_form(body: bytes, content_type: str) -> dict[str, Any]:
             raise ApiError(400, "bad_form", f"the field {name[:80]!r} stands twice")
         found[name] = bytes(part.data) if is_file else _form_text(name, part.data)
 
+    def last() -> None:
+        nonlocal complete
+        complete = True
+
     try:
         parser = MultipartParser(
             boundary,
@@ -227,14 +231,17 @@ def parse_form(body: bytes, content_type: str) -> dict[str, Any]:
                 "on_header_end": header_end,
                 "on_part_data": content,
                 "on_part_end": end,
+                "on_end": last,
             },
         )
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise ApiError(400, "bad_form", f"not a form: {str(error)[:200]}") from None
+    if not complete:
+        raise ApiError(400, "bad_form", "the form has no closing boundary")
     if not parts:
-        raise ApiError(400, "bad_form", "no part in the form; does the boundary fit?")
+        raise ApiError(400, "bad_form", "no part in the form")
     return found
 
 

@@ -194,12 +194,19 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.vlbeit = app
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if sockets:  # they answer from now on
+            print("\n".join(greeting(self.vlbeit, sockets[0].getsockname())), flush=True)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn's own raises the signal again after the end, which would be the exit code.
-        if self.vlbeit.leaving or not self.started:
-            self.should_exit = self.force_exit = True
-        else:
-            asyncio.get_running_loop().call_soon_threadsafe(self.vlbeit.leave)
+        if not self.started:
+            self.should_exit = True
+            return
+        again = self.vlbeit.leaving  # somebody does not want to wait
+        seconds = 0.0 if again else self.vlbeit.config.drain_seconds
+        asyncio.get_running_loop().call_soon_threadsafe(self.vlbeit.leave, seconds)
 
     async def on_tick(self, counter: int) -> bool:
         until = self.vlbeit.leaving_until
@@ -235,8 +242,6 @@ def serve(served: ServedRuns, config: ServeConfig, listening: socket.socket) -> 
     """Answer until a signal."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     app = App(served, config, metrics=Metrics())
-    for line in greeting(app, listening.getsockname()):
-        print(line, flush=True)
     server_of(app).run(sockets=[listening])
     if not app.batcher.stop(1.0):
         # Its thread is inside a forward pass that nobody waits for any more.
