@@ -741,6 +741,7 @@ def take(visit: Visit, scene: ColourScene, number: int) -> None:
 
 @pytest.mark.browser
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute of training on a core of its own
 def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser, trained):
     """On held-out scenes, through the browser and `vlbeit serve`, with the network off."""
     visit = Visit(browser, trained).ready()
