@@ -1,4 +1,4 @@
-"""A demo folder that learns in a minute: one large figure in one of six colours on white or brown.
+"""A demo folder that learns in a minute: one large figure in one of six colours on a flat ground.
 
 What `vlbeit demo` makes in a quarter of an hour, made small enough for a test: a pretrained run and
 a run of questions, both accurate on scenes that they never saw.
@@ -25,7 +25,7 @@ from vlbeit.train.pretrain import pretrain
 
 SCENES = 600
 SHAPES = ("square", "cross")
-PRETRAIN_STEPS, VISUAL_STEPS, VQA_STEPS = 280, 150, 60
+PRETRAIN_STEPS, VISUAL_STEPS, VQA_STEPS = 300, 250, 50
 
 
 class ColourScene(NamedTuple):
@@ -55,7 +55,7 @@ def draw_colour_scene(split: str, index: int) -> ColourScene:
     wanted = {"size": "large", "texture": "plain", "count": "one", "shape": shape}
     world = draw_world(draws, wanted.items())
     group = world.groups[0]
-    scene = replace(world, groups=(group,), ground=Ground(draws.choice(("white", "brown")), "flat"))
+    scene = replace(world, groups=(group,), ground=Ground(world.ground.tone, "flat"))
     return ColourScene(paint(scene), group.colour, shape, group.place)
 
 
