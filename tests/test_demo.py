@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,14 @@ from vlbeit.config import LogConfig, RetrievalConfig, RuntimeConfig, TokenizersC
 from vlbeit.data.scenes import draw_scene
 from vlbeit.errors import ConfigError
 from vlbeit.recipes import tiny
-from vlbeit.train.demo import EVALUATIONS, PHASES, PhaseClock, evaluation_steps, run_demo
+from vlbeit.train.demo import (
+    EVALUATIONS,
+    PHASES,
+    PhaseClock,
+    evaluation_steps,
+    page_command,
+    run_demo,
+)
 from vlbeit.train.demo_tasks import DRAWN_TASKS, parse_tasks, task_configs, task_metrics
 
 COUNT = 60
@@ -132,6 +140,8 @@ def test_every_task_has_its_promised_figure_beside_its_baseline(demo):
             low, high = entry["intervals"][key]
             assert 0 <= low <= entry[key] <= high <= 1, (name, key)
         assert entry["count"] > 0 and entry["steps"] == (VQA_STEPS if name == "vqa" else 3)
+    assert start_of(demo, "statements").endswith("tasks/vqa/checkpoints/step-0000040")
+    assert start_of(demo, "retrieval").endswith("pretrain/checkpoints/step-0000006")
     assert found["retrieval"]["baseline"] == pytest.approx(1 / 500)
     assert found["retrieval"]["tr_r1"] == found["retrieval"]["figures"]["reranked_text@1"]["value"]
 
@@ -212,8 +222,16 @@ def test_a_demo_told_to_go_further_trains_only_the_missing_steps(demo):
     run_demo(demo, quick_config(max_steps=8), COUNT, quick_tasks("segmentation"))
     assert set(metrics(demo)["tasks"]) == {"segmentation"}
     assert (demo / "tasks" / "segmentation-from-step-0000006" / "metrics.jsonl").is_file()
-    config = json.loads((demo / "tasks" / "segmentation" / "config.json").read_text())
-    assert config["start"].endswith("step-0000008")
+    assert start_of(demo, "segmentation").endswith("pretrain/checkpoints/step-0000008")
+
+    run_demo(demo, quick_config(max_steps=8), COUNT, quick_tasks("vqa"))
+    # VQA ends at the same step again, so its name alone would not tell that statements are old.
+    assert (demo / "tasks" / "statements-from-step-0000006").is_dir()
+    assert set(metrics(demo)["tasks"]) == {"segmentation", "vqa"}
+
+
+def start_of(demo: Path, task: str) -> str:
+    return json.loads((demo / "tasks" / task / "config.json").read_text())["start"]
 
 
 @pytest.mark.slow
@@ -252,6 +270,27 @@ def test_eval_predict_and_report_answer_for_the_finished_run(demo, tmp_path, cap
     page = tmp_path / "page.html"
     assert main(["report", str(checkpoint), "--out", str(page), "--samples", "16"]) == 0
     assert "<polyline" in page.read_text()  # the curves of the run that the checkpoint is from
+
+
+@pytest.mark.slow
+def test_the_last_words_are_the_command_that_opens_the_page(demo):
+    said = (demo / "log.txt").read_text().rstrip().splitlines()[-1]
+    assert said.endswith(page_command(demo))
+
+
+def test_the_command_that_opens_the_page_can_be_run_where_it_is_shown(tmp_path, monkeypatch):
+    folder = tmp_path / "my demo"
+    elsewhere = page_command(folder)
+    for place in ("", str(Path(sys.executable).parent)):
+        monkeypatch.setenv("PATH", place)
+        *command, given = shlex.split(page_command(folder))
+        assert given == str(folder) and command[-1] == "serve"
+        done = subprocess.run([*command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "vlbeit serve RUN" in done.stdout, done.stderr
+    assert page_command(folder).startswith("vlbeit serve ") or not (
+        Path(sys.executable).with_name("vlbeit").exists()
+    )
+    assert elsewhere.endswith(f"serve '{folder}'")
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -295,6 +334,10 @@ def test_the_command_asks_for_these_tasks_and_stops_them_early_too(
 
 def test_tasks_are_in_the_order_of_the_demo_and_named_once():
     assert parse_tasks(" retrieval, vqa,vqa ") == ("vqa", "retrieval")
+
+
+def test_a_task_that_goes_on_from_another_brings_it_along():
+    assert parse_tasks("statements,retrieval") == ("vqa", "retrieval", "statements")
 
 
 def test_text_retrieval_and_image_retrieval_are_told_apart():

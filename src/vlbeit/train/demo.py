@@ -10,6 +10,8 @@ vlbeit demo --run-dir runs/demo --tasks segmentation    one more; what is done s
     pretrain/      the run folder, the visual tokenizer included
     tasks/vqa/     the run folder of a task; so for each
 
+It ends with the command that serves all of them on a page (`vlbeit serve`).
+
 The same command on the same folder goes on where it was stopped.
 """
 
@@ -17,6 +19,8 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
 import sys
 import time
@@ -29,13 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vlbeit import __version__
-from vlbeit.checkpoint import find_checkpoint
 from vlbeit.config import FinetuneConfig, PretrainConfig, digest
 from vlbeit.data.dataset import Dataset
 from vlbeit.data.loader import open_streams
 from vlbeit.data.manifest import write_atomic
 from vlbeit.data.scene_world import SIDE
-from vlbeit.data.scenes import WORLD_VERSION, prepare_scenes
+from vlbeit.data.scenes import TASK_SCENES, WORLD_VERSION, prepare_scenes
 from vlbeit.errors import ConfigError
 from vlbeit.eval.cli import percent, show, table_of
 from vlbeit.eval.evaluate import evaluate_run, load_run
@@ -49,6 +52,7 @@ from vlbeit.train.demo_tasks import (
     in_demo,
     measure_task,
     parse_tasks,
+    start_of,
     task_configs,
     task_metrics,
     train_task,
@@ -172,7 +176,21 @@ def run_demo(
         demo.log(f"{duration(sum(clock.seconds.values())):>12}  together")
         demo.log(f"figures: {folder / 'metrics.json'}")
         demo.log(f"report:  {(folder / 'report.html').absolute()}")
+        demo.log(f"ask it yourself, on a page of its own:\n{page_command(folder)}")
     return metrics
+
+
+def page_command(folder: Path) -> str:
+    """The command that opens the page on a demo folder, as it can be typed where we are."""
+    beside = Path(sys.executable).with_name("vlbeit")
+    if shutil.which("vlbeit") == str(beside):
+        words = ["vlbeit"]
+    else:  # the environment is not the active one, as after `make run`
+        here = Path.cwd()
+        python = Path(sys.executable)
+        inside = python.is_relative_to(here)
+        words = [str(python.relative_to(here) if inside else python), "-m", "vlbeit"]
+    return shlex.join([*words, "serve", str(folder)])
 
 
 def fine_tune(
@@ -183,8 +201,7 @@ def fine_tune(
     demo: RunFolder,
 ) -> list[TaskResult]:
     """Train what is asked for and is not done, measure it, and what was done before."""
-    begin = find_checkpoint(folder / "pretrain", demo.log)
-    done = finished_tasks(folder, begin, demo.log)
+    done = finished_tasks(folder, demo.log)
     results = []
     for name in DRAWN_TASKS:
         if name not in asked and name not in done:
@@ -192,7 +209,7 @@ def fine_tune(
         with clock.phase(f"finetune_{name}"):
             if name in asked:
                 with own_signals():
-                    train_task(asked[name], begin, demo.log)
+                    train_task(asked[name], start_of(name, folder, demo.log), demo.log)
             else:
                 demo.log(f"done by an earlier command: {folder / 'tasks' / name}")
             results.append(measure_task(folder / "tasks" / name, config.device, demo.log))
@@ -297,7 +314,7 @@ def prepare(out: Path, count: int, seed: int, demo: RunFolder) -> None:
     """
     wanted = {"world": WORLD_VERSION, "seed": seed, "count": count, "size": SIDE}
     if not (out / "dataset.json").is_file():
-        demo.log(f"drawing {count} scenes for each stream")
+        demo.log(f"drawing {count} scenes for each stream, {TASK_SCENES * count} for the tasks")
         prepare_scenes(out, count, seed)
         demo.log(f"scenes and text tokenizer in {out}")
         return
