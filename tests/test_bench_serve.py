@@ -20,7 +20,7 @@ def test_a_load_counts_what_the_server_answered(tmp_path):
     with running(served, batch=4) as server:
         for mode in ("answer", "encode_text", "compare"):
             sent = requests(MODES[mode], (32, 32))
-            assert len(set(sent)) == len(sent)
+            assert len(set(sent)) == (4 if mode == "encode_text" else len(sent))
             load = asyncio.run(load_of(server.port, mode, sent, 6, 4, 0.4))
             batches, asked = server.batches(mode)
             assert len(load.latencies) == asked > 6 and load.batches == batches

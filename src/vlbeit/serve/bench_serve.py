@@ -197,8 +197,7 @@ def requests(mode: Mode, size: Sequence[int]) -> list[bytes]:
             if field.kind is Kind.PICTURE:
                 fields[field.name] = noise_png(draws, size)
             elif field.kind is Kind.TEXT:
-                words = ["what", "colour", "is", "the", "large", "figure"][: 3 + number % 4]
-                fields[field.name] = " ".join([*words, str(number)])
+                fields[field.name] = " ".join(["what", "is", "this", "here"][: 1 + number % 4])
         body = json.dumps(fields).encode()
         head = (
             f"POST /v1/{mode.name} HTTP/1.1\r\nHost: localhost\r\n"
