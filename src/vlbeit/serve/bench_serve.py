@@ -2,10 +2,10 @@
 
     vlbeit bench serve runs/demo [--mode answer] [--clients 1 8 64] [--seconds 5] [--json]
 
-The server is a process of its own, as `vlbeit serve` starts it, once with its --batch and once with
---batch 1. Clients keep their connections and send the next request when the last is answered; they
-are one other process, so on few cores their work counts too. Pictures are noise at the model's
-size, texts a few words; every answer's status is looked at.
+Two servers, as `vlbeit serve` starts them, one with its --batch and one with --batch 1, are asked
+in turn, in rounds, so that what else the machine does touches both. Clients keep their connections
+and send the next request when the last is answered; they are one other process, so on few cores
+their work counts too. Pictures are coarse noise at the model's size, texts a few words.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +32,8 @@ from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.cli import table_of
 from vlbeit.serve.modes import MODES, Kind, Mode
-from vlbeit.tokens.text import MASK
 
-PREFERRED = ("answer", "match", "classify", "encode_pair", "fill_words")
+PREFERRED = ("answer", "match", "classify", "encode_pair")
 """Modes that are measured if none is named: the first that the runs have."""
 REQUESTS = 32
 """Different requests that clients send in turn."""
@@ -46,18 +45,47 @@ class Load(NamedTuple):
 
     clients: int
     batch: int
-    requests: int
     seconds: float
-    p50: float
-    """Seconds from sending a request to its answer: half are as fast."""
-    p99: float
+    """In which the requests were sent and answered."""
+    latencies: tuple[float, ...]
+    """Seconds from sending each request to its answer."""
     refused: int
     """Answers that were not 200."""
-    mean_batch: float
+    batches: float
+    """That the model was asked for."""
+    cpu_seconds: float
+    """Of the server."""
 
     @property
     def per_second(self) -> float:
-        return (self.requests - self.refused) / self.seconds
+        return (len(self.latencies) - self.refused) / self.seconds
+
+    def __add__(self, other: Any) -> "Load":
+        """Two rounds of the same."""
+        assert isinstance(other, Load) and self[:2] == other[:2]
+        return Load(
+            clients=self.clients,
+            batch=self.batch,
+            seconds=self.seconds + other.seconds,
+            latencies=self.latencies + other.latencies,
+            refused=self.refused + other.refused,
+            batches=self.batches + other.batches,
+            cpu_seconds=self.cpu_seconds + other.cpu_seconds,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        requests = len(self.latencies)
+        return {
+            "clients": self.clients,
+            "batch": self.batch,
+            "requests": requests,
+            "refused": self.refused,
+            "per_second": self.per_second,
+            "p50": float(np.percentile(self.latencies, 50)),
+            "p99": float(np.percentile(self.latencies, 99)),
+            "mean_batch": requests / max(self.batches, 1.0),
+            "server_cpu_seconds": self.cpu_seconds / requests,
+        }
 
 
 def main(argv: list[str]) -> int:
@@ -70,7 +98,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="as for vlbeit serve")
     parser.add_argument("--mode", choices=[m.name for m in MODES.values() if m.together])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each load in a round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=ServeConfig().batch)
     parser.add_argument("--batch-window", type=float, default=0.0)
     parser.add_argument("--threads", type=int, default=0, help="torch's; 0: as torch chooses")
@@ -80,15 +109,16 @@ def main(argv: list[str]) -> int:
     for name, low in (("seconds", 0.1), ("batch", 2)):
         if getattr(args, name) < low:
             raise ConfigError(f"--{name} must be at least {low}, found {getattr(args, name)}")
-    if min(args.clients) < 1:
-        raise ConfigError(f"--clients must be at least 1, found {min(args.clients)}")
+    for name, least in (("clients", min(args.clients)), ("rounds", args.rounds)):
+        if least < 1:
+            raise ConfigError(f"--{name} must be at least 1, found {least}")
     mode, loads = measure(args)
     report = {
         "version": __version__,
         "runs": args.runs,
         "mode": mode,
         "batch_window": args.batch_window,
-        "loads": [{**load._asdict(), "per_second": load.per_second} for load in loads],
+        "loads": [load.to_dict() for load in loads],
         "speedup": {str(clients): speedup(loads, clients) for clients in args.clients},
     }
     if args.json:
@@ -99,22 +129,27 @@ def main(argv: list[str]) -> int:
 
 
 def measure(args: argparse.Namespace) -> tuple[str, list[Load]]:
-    """The mode that was asked, and a row for each batch limit and number of clients."""
-    loads: list[Load] = []
-    name = ""
-    for batch in (args.batch, 1):
-        flags = ["--batch", str(batch), "--batch-window", str(args.batch_window)]
-        flags += ["--threads", str(args.threads), "--device", args.device]
-        with served(args.runs, flags) as port:
-            info = asyncio.run(get(port, "/info"))
-            name = chosen_mode(args.mode, info)
-            sent = requests(MODES[name], info["modes"][name]["image"]["size"])
+    """The mode that was asked, and a row for each number of clients and batch limit."""
+    shared = ["--batch-window", str(args.batch_window)]
+    shared += ["--threads", str(args.threads), "--device", args.device]
+    found: dict[tuple[int, int], Load] = {}
+    with ExitStack() as stack:
+        ports = {
+            batch: stack.enter_context(served(args.runs, ["--batch", str(batch), *shared]))
+            for batch in (args.batch, 1)
+        }
+        info = asyncio.run(get(ports[1], "/info"))
+        name = chosen_mode(args.mode, info)
+        sent = requests(MODES[name], info["modes"][name]["image"]["size"])
+        for batch, port in ports.items():
             asyncio.run(load_of(port, name, sent, 8, batch, 1.0))  # to warm up
-            loads += [
-                asyncio.run(load_of(port, name, sent, clients, batch, args.seconds))
-                for clients in args.clients
-            ]
-    return name, loads
+        for _ in range(args.rounds):
+            for clients in args.clients:
+                for batch, port in ports.items():
+                    load = asyncio.run(load_of(port, name, sent, clients, batch, args.seconds))
+                    before = found.get((clients, batch))
+                    found[clients, batch] = load if before is None else before + load
+    return name, list(found.values())
 
 
 @contextmanager
@@ -162,10 +197,7 @@ def requests(mode: Mode, size: Sequence[int]) -> list[bytes]:
             if field.kind is Kind.PICTURE:
                 fields[field.name] = noise_png(draws, size)
             elif field.kind is Kind.TEXT:
-                words = ["what", "colour", "is", "the", "large", "figure"][: 3 + number % 4]
-                fields[field.name] = " ".join(
-                    [*words, MASK] if mode.name == "fill_words" else words
-                )
+                fields[field.name] = " ".join(["what", "is", "this", "here"][: 1 + number % 4])
         body = json.dumps(fields).encode()
         head = (
             f"POST /v1/{mode.name} HTTP/1.1\r\nHost: localhost\r\n"
@@ -188,7 +220,7 @@ async def load_of(
     port: int, mode: str, sent: Sequence[bytes], clients: int, batch: int, seconds: float
 ) -> Load:
     """So many clients for so many seconds."""
-    before = await batches(port, mode)
+    before = await counted(port, mode)
     began = time.perf_counter()
     found: list[tuple[int, float]] = []
 
@@ -205,17 +237,15 @@ async def load_of(
 
     await asyncio.gather(*map(client, range(clients)))
     took = time.perf_counter() - began
-    count, rows = (b - a for a, b in zip(before, await batches(port, mode), strict=True))
-    times = np.array([latency for _, latency in found])
+    after = await counted(port, mode)
     return Load(
         clients=clients,
         batch=batch,
-        requests=len(found),
         seconds=took,
-        p50=float(np.percentile(times, 50)),
-        p99=float(np.percentile(times, 99)),
+        latencies=tuple(latency for _, latency in found),
         refused=sum(status != 200 for status, _ in found),
-        mean_batch=rows / max(count, 1),
+        batches=after[0] - before[0],
+        cpu_seconds=after[1] - before[1],
     )
 
 
@@ -236,12 +266,12 @@ async def get(port: int, path: str) -> Any:
     return json.loads(body) if path != "/metrics" else body.decode()
 
 
-async def batches(port: int, mode: str) -> tuple[float, float]:
-    """Batches of a mode since the start, and requests in them."""
+async def counted(port: int, mode: str) -> tuple[float, float]:
+    """Batches of a mode since the start, and CPU seconds of the server."""
     text = await get(port, "/metrics")
     found = []
-    for name in ("count", "sum"):
-        line = re.search(rf'^vlbeit_batch_size_{name}{{mode="{mode}"}} (\S+)', text, re.MULTILINE)
+    for name in (f'vlbeit_batch_size_count{{mode="{mode}"}}', "process_cpu_seconds_total"):
+        line = re.search(rf"^{re.escape(name)} (\S+)", text, re.MULTILINE)
         found.append(float(line[1]) if line else 0.0)
     return found[0], found[1]
 
@@ -254,20 +284,20 @@ def speedup(loads: Sequence[Load], clients: int) -> float:
 
 def show(mode: str, loads: Sequence[Load], console: Console) -> None:
     """What a person reads."""
-    table = table_of(
-        f"{mode}: clients", "batch limit", "mean batch", "requests/s", "p50 ms", "p99 ms", "refused"
-    )
+    names = ("batch limit", "mean batch", "requests/s", "p50 ms", "p99 ms", "CPU ms", "refused")
+    table = table_of(f"{mode}: clients", *names)
     for load in sorted(loads, key=lambda one: (one.clients, one.batch)):
+        row = load.to_dict()
+        milliseconds = (row["p50"], row["p99"], row["server_cpu_seconds"])
         table.add_row(
             str(load.clients),
             str(load.batch),
-            f"{load.mean_batch:.1f}",
-            f"{load.per_second:.1f}",
-            f"{1e3 * load.p50:.1f}",
-            f"{1e3 * load.p99:.1f}",
+            f"{row['mean_batch']:.1f}",
+            f"{row['per_second']:.1f}",
+            *(f"{1e3 * value:.1f}" for value in milliseconds),
             str(load.refused),
         )
     console.print(table)
     for clients in sorted({load.clients for load in loads}):
         print(f"{clients} clients: micro-batches give {speedup(loads, clients):.2f} times")
-    print(f"{os.cpu_count()} cores; the clients ran on them too")
+    print(f"{os.cpu_count()} cores; the clients ran on them too. CPU ms: the server's, a request.")
