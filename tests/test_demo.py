@@ -126,6 +126,12 @@ def test_the_folder_holds_the_page_the_run_and_both_tokenizers(demo):
 
 
 @pytest.mark.slow
+def test_the_last_words_are_the_command_that_opens_the_page(demo):
+    said = (demo / "log.txt").read_text().rstrip().splitlines()[-1]
+    assert said.endswith(f" page:    {page_command(demo)}")
+
+
+@pytest.mark.slow
 def test_every_task_has_its_promised_figure_beside_its_baseline(demo):
     found = metrics(demo)["tasks"]
     assert {name: [key for key in entry if key in PROMISED] for name, entry in found.items()} == {
@@ -270,12 +276,6 @@ def test_eval_predict_and_report_answer_for_the_finished_run(demo, tmp_path, cap
     page = tmp_path / "page.html"
     assert main(["report", str(checkpoint), "--out", str(page), "--samples", "16"]) == 0
     assert "<polyline" in page.read_text()  # the curves of the run that the checkpoint is from
-
-
-@pytest.mark.slow
-def test_the_last_words_are_the_command_that_opens_the_page(demo):
-    said = (demo / "log.txt").read_text().rstrip().splitlines()[-1]
-    assert said.endswith(page_command(demo))
 
 
 def test_the_command_that_opens_the_page_can_be_run_where_it_is_shown(tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def run_demo(
         demo.log(f"{duration(sum(clock.seconds.values())):>12}  together")
         demo.log(f"figures: {folder / 'metrics.json'}")
         demo.log(f"report:  {(folder / 'report.html').absolute()}")
-        demo.log(f"ask it yourself, on a page of its own:\n{page_command(folder)}")
+        demo.log(f"page:    {page_command(folder)}")
     return metrics
 
 
