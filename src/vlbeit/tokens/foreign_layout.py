@@ -1,0 +1,105 @@
+"""Strict filling of one of our networks from a file with other names: nothing left over."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vlbeit.errors import InputError
+
+SHOWN = 10
+
+
+class Origin(NamedTuple):
+    """Where a tensor of ours comes from."""
+
+    name: str
+    """In the foreign file."""
+    shape: tuple[int, ...]
+    """There; it has as many numbers as ours, in the same order."""
+
+
+class Receipt(NamedTuple):
+    """What became of one tensor."""
+
+    action: Literal["copied", "renamed", "initialised", "dropped"]
+    tensor: str
+    """Ours; of a dropped one, the file's."""
+    source: str
+    """The file's name of it; of an initialised one, what it holds."""
+
+
+def fill_from_foreign(
+    model: nn.Module,
+    origins: Mapping[str, Origin],
+    tensors: Mapping[str, Tensor],
+    *,
+    fixed: Mapping[str, tuple[Tensor, str]] = {},
+    dropped: Sequence[str] = (),
+    origin: str,
+) -> list[Receipt]:
+    """Give every tensor of a model its numbers, in float32.
+
+    Args:
+        model: on any device, the meta device too.
+        origins: for each tensor of the model that the file holds.
+        fixed: for the rest of them, the numbers and what they are in words.
+        dropped: names of the file that the model has no use for.
+        origin: named in messages.
+
+    Raises:
+        InputError: a tensor that is missing, unknown, of another shape or not finite; all are
+            listed.
+    """
+    own = model.state_dict()
+    uncovered = own.keys() ^ (origins.keys() | fixed.keys())
+    if uncovered:
+        raise ValueError(f"the layout does not cover the model: {sorted(uncovered)}")
+    used = {source.name for source in origins.values()}
+    problems = [f"missing {s.name}" for s in origins.values() if s.name not in tensors]
+    problems += [f"unknown {n}" for n in tensors if n not in used and n not in dropped]
+    given = {name: tensors[name] for name in used if name in tensors}
+    for source in origins.values():
+        if source.name not in given:
+            continue
+        found = given[source.name]
+        if tuple(found.shape) != source.shape:
+            problems.append(f"{source.name} is {tuple(found.shape)}, expected {source.shape}")
+        elif not found.is_floating_point():
+            problems.append(f"{source.name} is {found.dtype}, expected floating point")
+        elif not bool(torch.isfinite(found).all()):
+            problems.append(f"{source.name} holds NaN or infinity")
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" * (len(problems) > SHOWN)
+        raise InputError(f"{origin}: does not fit the layout: {'; '.join(problems[:SHOWN])}{more}")
+    filled = {
+        name: given[source.name].float().reshape(own[name].shape).clone()
+        for name, source in origins.items()
+    }
+    filled |= {name: tensor for name, (tensor, _) in fixed.items()}
+    model.load_state_dict(filled, assign=True)
+    return [
+        *(
+            Receipt("copied" if name == source.name else "renamed", name, source.name)
+            for name, source in origins.items()
+        ),
+        *(Receipt("initialised", name, words) for name, (_, words) in fixed.items()),
+        *(Receipt("dropped", name, name) for name in tensors if name in dropped),
+    ]
+
+
+def size_of(tensors: Mapping[str, Tensor], name: str, dims: int, origin: str) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from.
+
+    Raises:
+        InputError: it is missing or has another number of dimensions.
+    """
+    if name not in tensors:
+        raise InputError(f"{origin}: does not fit the layout: missing {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dims:
+        raise InputError(
+            f"{origin}: does not fit the layout: {name} is {shape}, expected {dims} dimensions"
+        )
+    return shape
