@@ -71,6 +71,10 @@ VERBS: dict[str, Verb] = {
         "one page about a run: curves, filled-in words and patches, tables",
         "vlbeit.eval.report:main",
     ),
+    "export": Verb(
+        "write a run as a folder for the Hugging Face hub, with its model card: hf",
+        "vlbeit.serve.export_hf:main",
+    ),
     "bench": Verb(
         "time a pretraining step and the data loading on this machine",
         "vlbeit.train.bench:main",

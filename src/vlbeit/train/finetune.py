@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from vlbeit.checkpoint import TASK_FILE, Checkpoint, find_checkpoint, read_json
+from vlbeit.checkpoint import TASK_FILE, Checkpoint, find_checkpoint
 from vlbeit.config import FinetuneConfig, ModelConfig, from_dict
 from vlbeit.data.records import RecordSource
 from vlbeit.data.task_stream import TaskStream, open_task, task_loader
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.downstream import TaskHeldOut
+from vlbeit.jsonfile import read_json
 from vlbeit.nn.flops import task_flops
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.transfer import transfer
