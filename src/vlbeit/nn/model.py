@@ -24,12 +24,18 @@ class VLBeit(nn.Module):
     visual codes ("mim"). A pair is [text ; image] (paper section 2.1). There is no other forward.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
+        """
+        Args:
+            seed: of the fresh weights; None leaves them unfilled, for weights from a file.
+        """
         super().__init__()
         self.config = config
         absolute = config.absolute_positions
         self.image = ImageEmbed(config.width, config.patch, config.image_size, absolute)
-        self.text = TextEmbed(config.width, config.vocab, config.text_positions, absolute)
+        self.text = TextEmbed(
+            config.width, config.vocab, config.text_positions, absolute, config.text_norm_eps
+        )
         relative = None
         if config.relative_bias != "none":
             relative = RelativeBias(
@@ -57,7 +63,8 @@ class VLBeit(nn.Module):
             }
         )
         self.task: nn.Module | None = None
-        initialise(self, seed, config.init_std, config.position_std)
+        if seed is not None:
+            initialise(self, seed, config.init_std, config.position_std)
 
     def put_on(self, head: nn.Module) -> "VLBeit":
         """The same model with a task's head (its tensors are named task.*) for the two heads of
