@@ -9,13 +9,12 @@ from test_vqkd import CONFIG as VISUAL
 from tiny_models import TINY
 from tiny_run import shade_words
 from untrained_run import FACTS, untrained
-from vlbeit.checkpoint import TASK_FILE, save_checkpoint
+from vlbeit.checkpoint import TASK_FILE, preprocessing, save_checkpoint
 from vlbeit.config import PretrainConfig, to_dict
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.weights import initialise
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
-from vlbeit.train.opening import preprocessing
 
 STEP = 3
 

@@ -5,6 +5,7 @@ not in transformers: it is written here a second time, on transformers' BEiT lay
 description of its layout (encoder, unit vectors, nearest by distance, decoder).
 """
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Callable
@@ -255,12 +256,12 @@ def test_a_turned_codebook_gives_other_codes(beitv2_file: Tensors) -> None:
 
 
 def test_the_receipts_of_beitv2_name_every_tensor_of_the_file_once(beitv2_file: Tensors) -> None:
-    network, receipts = import_beitv2(beitv2_file, heads=HEADS, origin="a test")
-    taken = [row.source for row in receipts if row.action != "initialised"]
+    network, accounts = import_beitv2(beitv2_file, heads=HEADS, origin="a test")
+    taken = [row.source for row in accounts if row.action != "initialised"]
     assert sorted(taken) == sorted(beitv2_file)
-    made = {row.tensor for row in receipts if row.action == "initialised"}
+    made = {row.tensor for row in accounts if row.action == "initialised"}
     assert made == {"image.masked_patch", "codebook.share"}
-    ours = {row.tensor for row in receipts if row.action != "dropped"}
+    ours = {row.tensor for row in accounts if row.action != "dropped"}
     assert ours == set(network.state_dict())
     share = network.codebook.share
     assert float(share.sum()) == pytest.approx(1) and float(share[-1] / share[0]) == CODES
@@ -332,8 +333,8 @@ def flava_pixels(pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_dalle_gives_the_logits_and_codes_of_flava(codebook: FlavaImageCodebook) -> None:
-    network, receipts = import_dalle(codebook.state_dict(), origin="a test")
-    assert {row.action for row in receipts} == {"copied"}
+    network, accounts = import_dalle(codebook.state_dict(), origin="a test")
+    assert {row.action for row in accounts} == {"copied"}
     pixels = coloured(3, 40, 24)
     theirs = codebook(flava_pixels(pixels))
     assert theirs.std() > 0.1
@@ -397,15 +398,15 @@ def test_dalles_own_names_and_a_whole_flava_give_the_same_network(
     wanted = import_dalle(tensors, origin="a test")[0].logits(pixels)
     older = dalle_names(tensors)
     assert "blocks.group_1.block_1.res_path.conv_1.w" in older and "blocks.output.conv.b" in older
-    network, receipts = import_dalle(older, origin="a test")
+    network, accounts = import_dalle(older, origin="a test")
     assert torch.equal(network.logits(pixels), wanted)
-    assert {row.action for row in receipts} == {"renamed"}
+    assert {row.action for row in accounts} == {"renamed"}
     flava = {f"image_codebook.{n}": t for n, t in tensors.items()} | {
         "mim_head.bias": torch.ones(3)
     }
-    network, receipts = import_dalle(flava, origin="a test")
+    network, accounts = import_dalle(flava, origin="a test")
     assert torch.equal(network.logits(pixels), wanted)
-    assert [row.source for row in receipts if row.action == "dropped"] == ["mim_head.bias"]
+    assert [row.source for row in accounts if row.action == "dropped"] == ["mim_head.bias"]
 
 
 def test_a_dalle_file_with_one_wrong_tensor_is_refused_by_its_name(
@@ -600,8 +601,10 @@ def test_the_command_writes_a_tokenizer_that_pretraining_takes(
     assert tokenizer.digest in said and "from 8 pictures" in said
     assert tokenizer.facts["file"] == "vqkd.safetensors"
     assert tokenizer.facts["dropped"] and tokenizer.draws
-    rows = json.loads((out / "receipt.json").read_text())
-    assert {row["action"] for row in rows} == {"copied", "renamed", "initialised", "dropped"}
+    receipt = json.loads((out / "receipt.json").read_text())
+    assert set(receipt["counts"]) == {"copied", "renamed", "initialised", "dropped"}
+    named = [name for row in receipt["tensors"] for name in row.get("sources", ())]
+    assert sorted(named) == sorted(beitv2_file)
     config = PretrainConfig(recipe="tiny", run_dir=str(tmp_path), data=())
     named = dataclasses.replace(config.tokenizers, visual=str(out))
     assert find_tokenizers(dataclasses.replace(config, tokenizers=named), None).visual == out
@@ -622,7 +625,21 @@ def test_the_command_reads_a_folder_and_refuses_what_does_not_belong_together(
         imported(tmp_path / "vocab.txt", "--out", tmp_path / "x", "--patch", 16)
     with pytest.raises(InputError, match="missing.safetensors"):
         imported(tmp_path / "missing.safetensors", "--out", tmp_path / "x")
-    (tmp_path / "encoder.pkl").write_bytes(b"\x80\x02anything")
-    with pytest.raises(UnsafeError, match="encoder.pkl"):
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_training_file_of_unilm_is_read_and_a_pickled_module_is_not(
+    beitv2_file: Tensors, tmp_path: Path
+) -> None:
+    # BEiT v2's tokenizer is published as a training file; DALL-E's encoder as a pickled module.
+    training = {"model": beitv2_file, "epoch": 99, "args": argparse.Namespace(lr=2e-4)}
+    torch.save(training, tmp_path / "vqkd.pth")
+    assert imported(tmp_path / "vqkd.pth", "--out", tmp_path / "a", "--heads", HEADS) == 0
+    wanted, _ = import_beitv2(beitv2_file, heads=HEADS, origin="a test")
+    pixels = random_pixels(3, (SIDE, SIDE))
+    codes = load_visual_tokenizer(tmp_path / "a").encode(pixels)
+    assert torch.equal(codes, wanted.lookup(pixels))
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 1)), tmp_path / "encoder.pkl")
+    with pytest.raises(UnsafeError, match=r"encoder.pkl"):
         imported(tmp_path / "encoder.pkl", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()

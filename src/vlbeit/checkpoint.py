@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.config import digest as config_digest
 from vlbeit.errors import ConfigError, InputError, SaveError
 from vlbeit.jsonfile import read_json
@@ -297,6 +298,29 @@ def copy_checkpoint(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     return out
+
+
+SQUASHED = "bicubic, squashed to image_size"
+
+
+def preprocessing(
+    config: PretrainConfig | FinetuneConfig, resize: str = SQUASHED
+) -> dict[str, Any]:
+    """preprocessor.json: what somebody needs beside the weights to feed the model.
+
+    Args:
+        resize: how a picture that is not augmented gets the model's size, in words.
+    """
+    found = {
+        "image_size": list(config.model.image_size),
+        "patch": config.model.patch,
+        "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
+        "resize": resize,
+        "text_length": config.input.text_length,
+    }
+    if isinstance(config, PretrainConfig):
+        found["pair_text_length"] = config.input.pair_text_length
+    return found
 
 
 def check_space(run_dir: Path, needed: int) -> None:

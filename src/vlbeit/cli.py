@@ -51,6 +51,10 @@ VERBS: dict[str, Verb] = {
         "train a pretrained model for a task: vqa statements retrieval classification ...",
         "vlbeit.cli:finetune",
     ),
+    "convert": Verb(
+        "weights of BEiT, VLMo and others in and out, with an account of every tensor",
+        "vlbeit.convert.cli:main",
+    ),
     "eval": Verb(
         "held-out loss and accuracy of a run, and what the picture adds to the text",
         "vlbeit.eval.cli:main",

@@ -49,6 +49,9 @@ class ModelConfig:
     drop_path: float = 0.1
     """Stochastic depth at the last block; rises linearly from 0 at the first."""
     norm_eps: float = 1e-6
+    text_norm_eps: float = 0.0
+    """eps of a LayerNorm after word and position vectors of a text (BERT, ViLT, VLMo base-plus);
+    0 builds the model without it, as the paper."""
     init_std: float = 0.02
     """Standard deviation of fresh weights (BEiT). It is made for a width of 768; `tiny`, 128
     wide, takes 0.05."""

@@ -40,7 +40,9 @@ class VLBeit(nn.Module):
         self.config = config
         absolute = config.absolute_positions
         self.image = ImageEmbed(config.width, config.patch, config.image_size, absolute)
-        self.text = TextEmbed(config.width, config.vocab, config.text_positions, absolute)
+        self.text = TextEmbed(
+            config.width, config.vocab, config.text_positions, absolute, config.text_norm_eps
+        )
         relative = None
         if config.relative_bias != "none":
             relative = RelativeBias(

@@ -24,7 +24,7 @@ from vlbeit.config import VisualTokenizerConfig
 from vlbeit.errors import InputError
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import ImageEmbed
-from vlbeit.tokens.foreign_layout import Origin, Receipt, fill_from_foreign, size_of
+from vlbeit.tokens.foreign_layout import Origin, TensorAccount, fill_from_foreign, size_of
 from vlbeit.tokens.quantizer import CosineCodebook
 from vlbeit.tokens.vqkd import CodeDecoder, image_states
 from vlbeit.types import Modality
@@ -119,7 +119,7 @@ def is_beitv2(tensors: Mapping[str, Tensor]) -> bool:
 
 def import_beitv2(
     tensors: Mapping[str, Tensor], *, heads: int = 0, origin: str
-) -> tuple[BeitV2Network, list[Receipt]]:
+) -> tuple[BeitV2Network, list[TensorAccount]]:
     """The network of a file in unilm's layout; its sizes are read off the tensors.
 
     Args:
@@ -164,7 +164,7 @@ def import_beitv2(
         )
     with torch.device("meta"):
         network = BeitV2Network(sizes)
-    receipts = fill_from_foreign(
+    accounts = fill_from_foreign(
         network,
         dict(_origins(sizes)),
         tensors,
@@ -179,7 +179,7 @@ def import_beitv2(
         ],
         origin=origin,
     )
-    return network.eval().requires_grad_(False), receipts
+    return network.eval().requires_grad_(False), accounts
 
 
 def _depth(tensors: Mapping[str, Tensor], part: str) -> int:

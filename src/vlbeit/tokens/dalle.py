@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlbeit.errors import ConfigError
-from vlbeit.tokens.foreign_layout import Origin, Receipt, fill_from_foreign, size_of
+from vlbeit.tokens.foreign_layout import Origin, TensorAccount, fill_from_foreign, size_of
 
 GROUPS = 4
 STRIDE = 8
@@ -131,7 +131,7 @@ def is_dalle(tensors: Mapping[str, Tensor]) -> bool:
 
 def import_dalle(
     tensors: Mapping[str, Tensor], *, patch: int = STRIDE, origin: str
-) -> tuple[DalleNetwork, list[Receipt]]:
+) -> tuple[DalleNetwork, list[TensorAccount]]:
     """The encoder of a state dict of `FlavaImageCodebook`, of a whole FLAVA (`image_codebook.`;
     its other parts are dropped), or with DALL-E's own names (`.w`, `.b`).
 
@@ -166,8 +166,8 @@ def import_dalle(
         network = DalleNetwork(sizes)
     own = network.state_dict()
     origins = {n: Origin(file_names.get(n, n), tuple(t.shape)) for n, t in own.items()}
-    receipts = fill_from_foreign(network, origins, tensors, dropped=dropped, origin=origin)
-    return network.eval().requires_grad_(False), receipts
+    accounts = fill_from_foreign(network, origins, tensors, dropped=dropped, origin=origin)
+    return network.eval().requires_grad_(False), accounts
 
 
 def _flava_name(name: str) -> str:

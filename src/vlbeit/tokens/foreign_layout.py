@@ -20,7 +20,7 @@ class Origin(NamedTuple):
     """There; it has as many numbers as ours, in the same order."""
 
 
-class Receipt(NamedTuple):
+class TensorAccount(NamedTuple):
     """What became of one tensor."""
 
     action: Literal["copied", "renamed", "initialised", "dropped"]
@@ -38,7 +38,7 @@ def fill_from_foreign(
     fixed: Mapping[str, tuple[Tensor, str]] = {},
     dropped: Sequence[str] = (),
     origin: str,
-) -> list[Receipt]:
+) -> list[TensorAccount]:
     """Give every tensor of a model its numbers, in float32.
 
     Args:
@@ -81,11 +81,11 @@ def fill_from_foreign(
     model.load_state_dict(filled, assign=True)
     return [
         *(
-            Receipt("copied" if name == source.name else "renamed", name, source.name)
+            TensorAccount("copied" if name == source.name else "renamed", name, source.name)
             for name, source in origins.items()
         ),
-        *(Receipt("initialised", name, words) for name, (_, words) in fixed.items()),
-        *(Receipt("dropped", name, name) for name in tensors if name in dropped),
+        *(TensorAccount("initialised", name, words) for name, (_, words) in fixed.items()),
+        *(TensorAccount("dropped", name, name) for name in tensors if name in dropped),
     ]
 
 

@@ -17,7 +17,7 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.embed import to_patches
 from vlbeit.tokens.beitv2 import BeitV2Network, BeitV2Sizes, import_beitv2, is_beitv2
 from vlbeit.tokens.dalle import STRIDE, DalleNetwork, DalleSizes, import_dalle, is_dalle
-from vlbeit.tokens.foreign_layout import Receipt
+from vlbeit.tokens.foreign_layout import TensorAccount
 from vlbeit.tokens.tokenizer_folder import (
     CONFIG_FILE,
     check_digest,
@@ -164,7 +164,7 @@ def _no_pictures(network: Network) -> Tensor:
 
 def import_tokenizer(
     tensors: Mapping[str, Tensor], *, origin: str, heads: int = 0, patch: int = 0
-) -> tuple[ImportedTokenizer, list[Receipt]]:
+) -> tuple[ImportedTokenizer, list[TensorAccount]]:
     """The tokenizer of a foreign file; its names tell which.
 
     Args:
@@ -180,11 +180,11 @@ def import_tokenizer(
     if is_beitv2(tensors):
         if patch:
             raise ConfigError("--patch is for DALL-E's encoder; BEiT v2's has its own")
-        network, receipts = import_beitv2(tensors, heads=heads, origin=origin)
+        network, accounts = import_beitv2(tensors, heads=heads, origin=origin)
     elif is_dalle(tensors):
         if heads:
             raise ConfigError("--heads is for BEiT v2's tokenizer; DALL-E's has none")
-        network, receipts = import_dalle(tensors, patch=patch or STRIDE, origin=origin)
+        network, accounts = import_dalle(tensors, patch=patch or STRIDE, origin=origin)
     else:
         shown = ", ".join(sorted(tensors)[:5])
         raise InputError(
@@ -194,9 +194,9 @@ def import_tokenizer(
     facts = {
         "imported": network.name,
         "file": Path(origin).name,
-        "dropped": [row.source for row in receipts if row.action == "dropped"],
+        "dropped": [row.source for row in accounts if row.action == "dropped"],
     }
-    return ImportedTokenizer(network, None, facts), receipts
+    return ImportedTokenizer(network, None, facts), accounts
 
 
 def with_pictures(tokenizer: ImportedTokenizer, batches: Iterable[Tensor]) -> ImportedTokenizer:

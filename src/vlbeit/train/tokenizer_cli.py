@@ -3,7 +3,6 @@
 import argparse
 import glob
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,16 @@ from vlbeit.config import (
     digest,
     to_dict,
 )
+from vlbeit.convert.folder import RECEIPT
+from vlbeit.convert.rewriting import Entry, Receipt
+from vlbeit.convert.weightfile import open_weights
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.transforms import BadText, clean_text, plain
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
-from vlbeit.tensorfile import PICKLE_SUFFIXES, read_tensors
+from vlbeit.tensorfile import PICKLE_SUFFIXES
+from vlbeit.tokens.foreign_layout import TensorAccount
 from vlbeit.tokens.imported import import_tokenizer, with_pictures
 from vlbeit.tokens.text import (
     FILE_NAME,
@@ -142,7 +145,7 @@ def _import(words: list[str]) -> int:
             "encoder (FlavaImageCodebook's, a whole FLAVA's or its own names) exactly."
         ),
     )
-    parser.add_argument("file", help="the file, or a folder with model.safetensors")
+    parser.add_argument("file", help="the file, or a folder of transformers")
     parser.add_argument("--out", required=True, help="folder for the tokenizer")
     visual = parser.add_argument_group("visual tokenizers")
     visual.add_argument("--heads", type=int, default=0, help="BEiT v2: of its ViTs (width / 64)")
@@ -174,27 +177,39 @@ def _import(words: list[str]) -> int:
 
 def _import_visual(path: Path, given: argparse.Namespace) -> int:
     """BEiT v2's or DALL-E's weights; beside the tokenizer a receipt.json of every tensor."""
-    weights = path / "model.safetensors" if path.is_dir() else path
-    tokenizer, receipts = import_tokenizer(
-        read_tensors(weights), origin=str(weights), heads=given.heads, patch=given.patch
+    weights = open_weights(path)
+    tokenizer, accounts = import_tokenizer(
+        weights, origin=str(weights.path), heads=given.heads, patch=given.patch
     )
     if given.pictures:
         tokenizer = with_pictures(
             tokenizer, _plain_pictures(given.pictures, given.count, tokenizer.image_size)
         )
     folder = tokenizer.save(given.out)
-    rows = [row._asdict() for row in receipts]
-    (folder / "receipt.json").write_text(json.dumps(rows, indent=1) + "\n")
-    counted = Counter(row.action for row in receipts)
+    receipt = Receipt(
+        layout=tokenizer.network.name,
+        origin=str(weights.path),
+        entries=[_entry(account) for account in accounts],
+    )
+    (folder / RECEIPT).write_text(json.dumps(receipt.to_json(), indent=1) + "\n")
+    print("\n".join(receipt.describe()))
     print(
         f"{folder}: {tokenizer.network.name}, {tokenizer.codes} codes, patch {tokenizer.patch}, "
-        f"digest {tokenizer.digest}; "
-        + ", ".join(f"{count} tensors {action}" for action, count in counted.items())
+        f"digest {tokenizer.digest}"
     )
     if "pictures" in tokenizer.facts:
         seen = tokenizer.facts["pictures"]
         print(f"pictures of {seen['codes_seen']} codes from {seen['images']} pictures")
     return 0
+
+
+def _entry(account: TensorAccount) -> Entry:
+    """A line of receipt.json, as `vlbeit convert` has them."""
+    if account.action == "dropped":
+        return Entry(action="dropped", sources=(account.source,))
+    if account.action == "initialised":
+        return Entry(action="initialised", target=account.tensor, note=account.source)
+    return Entry(action=account.action, target=account.tensor, sources=(account.source,))
 
 
 def _plain_pictures(
