@@ -260,7 +260,9 @@ def test_the_receipts_of_beitv2_name_every_tensor_of_the_file_once(beitv2_file: 
     taken = [row.source for row in accounts if row.action != "initialised"]
     assert sorted(taken) == sorted(beitv2_file)
     made = {row.tensor for row in accounts if row.action == "initialised"}
-    assert made == {"image.masked_patch", "codebook.share"}
+    assert made == {"image.masked_patch"}
+    folded = [(row.tensor, row.source) for row in accounts if row.action == "folded"]
+    assert folded == [("codebook.share", "quantize.cluster_size")]
     ours = {row.tensor for row in accounts if row.action != "dropped"}
     assert ours == set(network.state_dict())
     share = network.codebook.share
@@ -602,7 +604,7 @@ def test_the_command_writes_a_tokenizer_that_pretraining_takes(
     assert tokenizer.facts["file"] == "vqkd.safetensors"
     assert tokenizer.facts["dropped"] and tokenizer.draws
     receipt = json.loads((out / "receipt.json").read_text())
-    assert set(receipt["counts"]) == {"copied", "renamed", "initialised", "dropped"}
+    assert set(receipt["counts"]) == {"copied", "renamed", "folded", "initialised", "dropped"}
     named = [name for row in receipt["tensors"] for name in row.get("sources", ())]
     assert sorted(named) == sorted(beitv2_file)
     config = PretrainConfig(recipe="tiny", run_dir=str(tmp_path), data=())

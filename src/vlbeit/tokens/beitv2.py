@@ -24,7 +24,7 @@ from vlbeit.config import VisualTokenizerConfig
 from vlbeit.errors import InputError
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import ImageEmbed
-from vlbeit.tokens.foreign_layout import Origin, TensorAccount, fill_from_foreign, size_of
+from vlbeit.tokens.foreign_layout import Made, Origin, TensorAccount, fill_from_foreign, size_of
 from vlbeit.tokens.quantizer import CosineCodebook
 from vlbeit.tokens.vqkd import CodeDecoder, image_states
 from vlbeit.types import Modality
@@ -162,20 +162,23 @@ def import_beitv2(
             f"{origin}: rows of quantize.embedding.weight differ from length 1 by up to "
             f"{furthest:.3g}, at most {UNIT_TOLERANCE} is a cosine codebook"
         )
+    share = _share(tensors, codes)
     with torch.device("meta"):
         network = BeitV2Network(sizes)
     accounts = fill_from_foreign(
         network,
         dict(_origins(sizes)),
         tensors,
-        fixed={
-            "image.masked_patch": (torch.zeros(width), "zeros; a tokenizer masks nothing"),
-            "codebook.share": _share(tensors, codes),
+        made={
+            "image.masked_patch": Made(torch.zeros(width), "zeros; a tokenizer masks nothing"),
+            "codebook.share": share,
         },
         dropped=[
             name
             for name in tensors
-            if name in (*UNUSED, STARTED, USAGE) or name.startswith(DROPPED)
+            if name in (*UNUSED, STARTED)
+            or name.startswith(DROPPED)
+            or (name == USAGE and not share.source)
         ],
         origin=origin,
     )
@@ -188,15 +191,15 @@ def _depth(tensors: Mapping[str, Tensor], part: str) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def _share(tensors: Mapping[str, Tensor], codes: int) -> tuple[Tensor, str]:
+def _share(tensors: Mapping[str, Tensor], codes: int) -> Made:
     """The share of vectors that took each code, from unilm's usage statistic if it has one."""
     even = torch.full((codes,), 1.0 / codes)
-    if USAGE not in tensors or tensors[USAGE].numel() != codes:
-        return even, "an even use; the file has no usage statistic"
+    if USAGE not in tensors:
+        return Made(even, "an even use; the file has no usage statistic")
     counts = tensors[USAGE].float().flatten()
-    if not bool(torch.isfinite(counts).all()) or float(counts.sum()) <= 0:
-        return even, f"an even use; {USAGE} is empty"
-    return counts / counts.sum(), f"{USAGE}, brought to a sum of 1"
+    if len(counts) != codes or not bool(torch.isfinite(counts).all()) or not counts.sum() > 0:
+        return Made(even, f"an even use; {USAGE} is empty")
+    return Made(counts / counts.sum(), "brought to a sum of 1", USAGE)
 
 
 def _origins(sizes: BeitV2Sizes) -> Iterator[tuple[str, Origin]]:

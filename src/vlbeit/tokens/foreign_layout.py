@@ -20,14 +20,24 @@ class Origin(NamedTuple):
     """There; it has as many numbers as ours, in the same order."""
 
 
-class TensorAccount(NamedTuple):
-    """What became of one tensor."""
+class Made(NamedTuple):
+    """A tensor of ours that is not simply one of the file's."""
 
-    action: Literal["copied", "renamed", "initialised", "dropped"]
-    tensor: str
-    """Ours; of a dropped one, the file's."""
-    source: str
-    """The file's name of it; of an initialised one, what it holds."""
+    tensor: Tensor
+    note: str
+    """What it is, in words."""
+    source: str = ""
+    """The file's tensor that it was worked out from; "": none."""
+
+
+class TensorAccount(NamedTuple):
+    """What became of one tensor. `tensor` is empty for what was dropped, `source` for what is
+    new."""
+
+    action: Literal["copied", "renamed", "folded", "initialised", "dropped"]
+    tensor: str = ""
+    source: str = ""
+    note: str = ""
 
 
 def fill_from_foreign(
@@ -35,7 +45,7 @@ def fill_from_foreign(
     origins: Mapping[str, Origin],
     tensors: Mapping[str, Tensor],
     *,
-    fixed: Mapping[str, tuple[Tensor, str]] = {},
+    made: Mapping[str, Made] = {},
     dropped: Sequence[str] = (),
     origin: str,
 ) -> list[TensorAccount]:
@@ -44,7 +54,7 @@ def fill_from_foreign(
     Args:
         model: on any device, the meta device too.
         origins: for each tensor of the model that the file holds.
-        fixed: for the rest of them, the numbers and what they are in words.
+        made: the rest of them.
         dropped: names of the file that the model has no use for.
         origin: named in messages.
 
@@ -53,12 +63,13 @@ def fill_from_foreign(
             listed.
     """
     own = model.state_dict()
-    uncovered = own.keys() ^ (origins.keys() | fixed.keys())
+    uncovered = own.keys() ^ (origins.keys() | made.keys())
     if uncovered:
         raise ValueError(f"the layout does not cover the model: {sorted(uncovered)}")
     used = {source.name for source in origins.values()}
+    worked_in = {m.source for m in made.values() if m.source}
     problems = [f"missing {s.name}" for s in origins.values() if s.name not in tensors]
-    problems += [f"unknown {n}" for n in tensors if n not in used and n not in dropped]
+    problems += [f"unknown {n}" for n in tensors if n not in {*used, *worked_in, *dropped}]
     given = {name: tensors[name] for name in used if name in tensors}
     for source in origins.values():
         if source.name not in given:
@@ -77,15 +88,18 @@ def fill_from_foreign(
         name: given[source.name].float().reshape(own[name].shape).clone()
         for name, source in origins.items()
     }
-    filled |= {name: tensor for name, (tensor, _) in fixed.items()}
+    filled |= {name: m.tensor for name, m in made.items()}
     model.load_state_dict(filled, assign=True)
     return [
         *(
             TensorAccount("copied" if name == source.name else "renamed", name, source.name)
             for name, source in origins.items()
         ),
-        *(TensorAccount("initialised", name, words) for name, (_, words) in fixed.items()),
-        *(TensorAccount("dropped", name, name) for name in tensors if name in dropped),
+        *(
+            TensorAccount("folded" if m.source else "initialised", name, m.source, m.note)
+            for name, m in made.items()
+        ),
+        *(TensorAccount("dropped", source=name) for name in tensors if name in dropped),
     ]
 
 

@@ -205,11 +205,12 @@ def _import_visual(path: Path, given: argparse.Namespace) -> int:
 
 def _entry(account: TensorAccount) -> Entry:
     """A line of receipt.json, as `vlbeit convert` has them."""
-    if account.action == "dropped":
-        return Entry(action="dropped", sources=(account.source,))
-    if account.action == "initialised":
-        return Entry(action="initialised", target=account.tensor, note=account.source)
-    return Entry(action=account.action, target=account.tensor, sources=(account.source,))
+    return Entry(
+        action=account.action,
+        target=account.tensor,
+        sources=(account.source,) if account.source else (),
+        note=account.note,
+    )
 
 
 def _plain_pictures(
