@@ -8,6 +8,7 @@ description of its layout (encoder, unit vectors, nearest by distance, decoder).
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -645,3 +646,32 @@ def test_a_training_file_of_unilm_is_read_and_a_pickled_module_is_not(
     with pytest.raises(UnsafeError, match=r"encoder.pkl"):
         imported(tmp_path / "encoder.pkl", "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_a_run_pretrains_on_imported_codes_and_goes_on_with_those_of_its_checkpoint(
+    beitv2_file: Tensors, tmp_path: Path
+) -> None:
+    import vlbeit
+    from toy_run import losses, toy_run, write_toy_data
+    from vlbeit.checkpoint import find_checkpoint
+
+    data = write_toy_data(tmp_path / "data")
+    tokenizer, _ = import_tokenizer(beitv2_file, heads=HEADS, origin="vqkd.safetensors")
+    visual = with_pictures(tokenizer, [coloured(8, SIDE, SIDE)]).save(tmp_path / "vqkd")
+    settings = {"tokenizers.visual": str(visual), "model.codes": CODES, "save_every": 2}
+    whole = toy_run(data, tmp_path / "whole", {**settings, "max_steps": 4})
+    toy_run(data, tmp_path / "cut", {**settings, "max_steps": 2})
+    shutil.rmtree(visual)  # the checkpoint has its own
+    cut = toy_run(data, tmp_path / "cut", {**settings, "tokenizers.visual": "", "max_steps": 4})
+    assert losses(cut) == losses(whole)
+    checkpoint = find_checkpoint(cut, print)
+    kept = load_visual_tokenizer(checkpoint.visual_tokenizer)
+    assert checkpoint.manifest["tokenizer_digests"]["visual"] == kept.digest
+    assert isinstance(kept, ImportedTokenizer) and kept.draws
+    # Other codes are another task: the same run on codes that are numbered otherwise.
+    toy = toy_run(data, tmp_path / "toy", {"save_every": 2, "max_steps": 4})
+    assert losses(toy) != losses(whole)
+    picture = coloured(1, SIDE, SIDE)[0].permute(1, 2, 0).numpy()
+    filled = vlbeit.load(cut, "cpu").fill_patches(picture)
+    assert filled.filled_decoded.shape == (SIDE, SIDE, 3)
