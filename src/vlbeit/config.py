@@ -395,6 +395,9 @@ class SegmentationConfig:
     scale: tuple[float, float] = (0.5, 2.0)
     """Size of a training picture before it is cut, uniform in this range; at 1 its shorter side is
     that of the crop."""
+    taps: tuple[int, ...] = ()
+    """The four blocks (1 = the first) after which the head reads the trunk; none: after a third, a
+    half, two thirds and all of them (BEiT: 4, 6, 8, 12)."""
     max_share: float = 0.75
     """A crop of which one class takes more than this share is drawn again, at most ten times;
     1: never."""

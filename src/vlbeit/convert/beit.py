@@ -214,27 +214,26 @@ def plan_of(
     sizes = sizes_of(names, tensors, origin, request.heads or facts.get("heads", 0))
     model = model_config(sizes, request, norm_eps)
     rules = list(trunk_rules(names, sizes, model, request))
-    config: PretrainConfig | ClassificationRun
-    if not sizes.classes:
-        config = pretrained(layout, model)
-        with_head = f"{names.mim}.weight" in tensors
-        if with_head or f"{names.norm}.weight" in tensors:
-            rules += layer_rules(names.norm, "backbone.norm")
-        if with_head:
-            rules += layer_rules(names.mim, "heads.mim")
-        return Found(
-            plan=Plan(config=config, rules=rules, drops=drops), tokenizer=request.tokenizer
+    if sizes.classes:
+        classes = class_names(sizes.classes, request.classes or facts.get("classes", ()), origin)
+        found = Plan(
+            config=ClassificationRun(recipe=layout, model=model),
+            rules=[
+                *rules,
+                *layer_rules(names.pooled_norm, "task.norm"),
+                *layer_rules(names.classifier, "task.linear"),
+            ],
+            drops=drops,
+            facts={"classes": classes, "most_frequent": 0},
         )
-    classes = class_names(sizes.classes, request.classes or facts.get("classes", ()), origin)
-    rules += layer_rules(names.pooled_norm, "task.norm") + layer_rules(
-        names.classifier, "task.linear"
-    )
-    config = ClassificationRun(recipe=layout, model=model)
-    task = {"classes": classes, "most_frequent": 0}
-    return Found(
-        plan=Plan(config=config, rules=rules, drops=drops, facts=task),
-        tokenizer=request.tokenizer,
-    )
+        return Found(plan=found, tokenizer=request.tokenizer)
+    with_head = f"{names.mim}.weight" in tensors
+    if with_head or f"{names.norm}.weight" in tensors:
+        rules += layer_rules(names.norm, "backbone.norm")
+    if with_head:
+        rules += layer_rules(names.mim, "heads.mim")
+    found = Plan(config=pretrained(layout, model), rules=rules, drops=drops)
+    return Found(plan=found, tokenizer=request.tokenizer)
 
 
 def pretrained(layout: str, model: ModelConfig) -> PretrainConfig:

@@ -12,14 +12,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from vlbeit.convert.hf_export import export_hf_beit
 from vlbeit.convert.importing import Converted, import_run
 from vlbeit.convert.layouts import LAYOUTS, Request
 from vlbeit.convert.pixels import SCALINGS
+from vlbeit.convert.rewriting import Receipt
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.tokens.text import TextTokenizer, special_tokens_only
+
+EXPORTS: dict[str, Callable[[Path, Path], Receipt]] = {"hf-beit": export_hf_beit}
+"""What can be written: (run, folder) -> receipt."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,14 +33,35 @@ def main(argv: Sequence[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(_usage())
         return 0 if words else ConfigError.exit_code
+    if any(word == "--to" or word.startswith("--to=") for word in words):
+        return _export(words)
     return _import(words)
+
+
+def _export(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlbeit convert", description="write a run in a foreign layout"
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
+    add("--to", required=True, choices=sorted(EXPORTS), help="the layout")
+    add("--out", required=True, type=Path, metavar="FOLDER", help="must be new or empty")
+    add("--json", action="store_true", help="print the whole receipt as JSON")
+    given = parser.parse_args(words)
+    receipt = EXPORTS[given.to](given.run, given.out)
+    if given.json:
+        print(json.dumps(receipt.to_json(), indent=1))
+    else:
+        print("\n".join([*receipt.describe(), f"written: {given.out}"]))
+    return 0
 
 
 def _usage() -> str:
     width = max(map(len, LAYOUTS))
     layouts = "\n".join(f"  {name:<{width}}  {line.help}" for name, line in LAYOUTS.items())
     return (
-        "usage: vlbeit convert LAYOUT FILE --out RUN [--fresh NAME ...]\n\n"
+        "usage: vlbeit convert LAYOUT FILE --out RUN [--fresh NAME ...]\n"
+        f"       vlbeit convert RUN --to {{{','.join(EXPORTS)}}} --out FOLDER\n\n"
         f"layouts that are read:\n{layouts}\n\n"
         "`vlbeit convert LAYOUT --help` lists the settings; docs/convert.md has an example of each."
     )
@@ -93,6 +119,8 @@ def _import_parser(layout: str) -> argparse.ArgumentParser:
     add("--heads", type=int, default=0, help="attention heads, where nothing in the file tells")
     add("--pixels", choices=sorted(SCALINGS),
         help="scaling of pixels that the model was trained with; it is folded in")
+    add("--partial", action="store_true",
+        help="take what has a place of a layout that has no exact one (beit3)")
     add("--classes", type=Path, metavar="FILE", help="names of classes: JSON list, or one a line")
     # fmt: on
     return parser
@@ -112,6 +140,7 @@ def _request(given: argparse.Namespace) -> Request:
         heads=given.heads,
         text_positions=given.text_positions or Request.text_positions,
         pixels=SCALINGS[given.pixels] if given.pixels else None,
+        partial=given.partial,
         classes=read_names(given.classes) if given.classes else (),
     )
 

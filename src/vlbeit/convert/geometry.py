@@ -10,7 +10,6 @@ size, and running the model on other pictures is the model's own bicubic rule.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +22,6 @@ from vlbeit.nn.positions import resize_grid
 LEAST_RATIO, MOST_RATIO = 1.01, 1.5
 """Between these unilm searches the ratio of the geometric series."""
 DEGREE = 3
-Config = TypeVar("Config", PretrainConfig, FinetuneConfig)
 
 
 def geometric_offsets(reach: int, wanted: float) -> Tensor:
@@ -33,14 +31,14 @@ def geometric_offsets(reach: int, wanted: float) -> Tensor:
     `wanted`. It never goes below 1.01: for a smaller target the table is cut rather than squeezed.
     """
     left, right = LEAST_RATIO, MOST_RATIO
+    middle = left
     while right - left > 1e-6:
         middle = (left + right) / 2
         if (1 - middle**reach) / (1 - middle) > wanted:
             right = middle
         else:
             left = middle
-    ratio = (left + right) / 2
-    steps = torch.tensor([ratio**power for power in range(reach)], dtype=torch.float64)
+    steps = torch.tensor([middle**power for power in range(reach)], dtype=torch.float64)
     outward = steps.cumsum(0)
     return torch.cat((-outward.flip(0), torch.zeros(1, dtype=torch.float64), outward))
 
@@ -119,7 +117,9 @@ def at_size(plan: Plan, image_size: int | None, text_positions: int | None) -> P
     return replace(plan, config=for_model(plan.config, new), rules=rules)
 
 
-def for_model(config: Config, model: ModelConfig) -> Config:
+def for_model(
+    config: PretrainConfig | FinetuneConfig, model: ModelConfig
+) -> PretrainConfig | FinetuneConfig:
     """The settings with another model; texts no longer than it reads."""
     longest = model.text_positions
     if isinstance(config, PretrainConfig):

@@ -76,6 +76,11 @@ class Layout(NamedTuple):
 
 LAYOUTS: dict[str, Layout] = {
     "beit": Layout("BEiT (unilm), pretrained or fine-tuned classifier", "vlbeit.convert.beit"),
-    "hf-beit": Layout("a folder of transformers' BEiT", "vlbeit.convert.hf_beit"),
+    "beitv2": Layout("BEiT v2 (unilm), pretrained or fine-tuned", "vlbeit.convert.beitv2"),
+    "vlmo": Layout("VLMo (unilm): base, large, base-plus", "vlbeit.convert.vlmo"),
+    "hf-beit": Layout("transformers' BEiT: pretrained, classifier", "vlbeit.convert.hf_beit"),
+    "hf-vilt": Layout("transformers' ViLT, the trunk of any head", "vlbeit.convert.hf_vilt"),
+    "hf-flava": Layout("transformers' FLAVA: image or text encoder", "vlbeit.convert.hf_flava"),
+    "beit3": Layout("BEiT-3: refused; with --partial a warm start", "vlbeit.convert.beit3"),
 }
 """What can be read, by the word of the command line."""

@@ -177,7 +177,7 @@ def acceptance(names: Iterable[str]) -> list[str]:
 def carry_out(
     plan: Plan,
     source: Mapping[str, Tensor],
-    fresh: Mapping[str, Tensor],
+    fresh: Mapping[str, Tensor] | None,
     *,
     layout: str,
     origin: str,
@@ -189,7 +189,8 @@ def carry_out(
 
     Args:
         source: the foreign tensors.
-        fresh: every tensor of the model, as initialised.
+        fresh: every tensor of the model, as initialised; None where the targets are another
+            library's and the rules alone say what there is.
         accepted: names (or patterns) of what may stay as initialised.
 
     Raises:
@@ -206,7 +207,7 @@ def carry_out(
         used.update(rule.sources)
         missing = [name for name in rule.sources if name not in source]
         problems += [f"missing {name} (for {rule.target})" for name in missing]
-        if rule.target not in fresh:
+        if fresh is not None and rule.target not in fresh:
             raise ValueError(f"{layout}: a rule for {rule.target}, which the model does not have")
         if missing:
             continue
@@ -215,13 +216,14 @@ def carry_out(
         except (RuntimeError, IndexError, ValueError) as error:
             problems.append(f"{_shapes(rule, source)} cannot become {rule.target}: {error}")
             continue
-        if value.shape != fresh[rule.target].shape:
+        wanted = value if fresh is None else fresh[rule.target]
+        if value.shape != wanted.shape:
             problems.append(
                 f"{_shapes(rule, source)} becomes {tuple(value.shape)}; {rule.target} has "
-                f"{tuple(fresh[rule.target].shape)}"
+                f"{tuple(wanted.shape)}"
             )
             continue
-        made[rule.target] = value.to(fresh[rule.target].dtype).contiguous()
+        made[rule.target] = value.to(wanted.dtype).contiguous()
         same = rule.action == "renamed" and rule.sources == (rule.target,)
         entries.append(
             Entry(
@@ -251,7 +253,7 @@ def carry_out(
             "written; `vlbeit convert --help` lists the layouts"
         )
     targets = {rule.target for rule in plan.rules}
-    for name, value in fresh.items():
+    for name, value in (fresh or {}).items():
         if name not in targets:
             left_fresh.append(name)
             made[name] = value

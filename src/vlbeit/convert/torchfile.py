@@ -14,6 +14,7 @@ import argparse
 import pickletools
 import struct
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -234,7 +235,7 @@ class TorchFile:
 class _Walk:
     """The stack machine of a pickle, with stand-ins for all that it would import or call."""
 
-    def __init__(self, refuse: Any) -> None:
+    def __init__(self, refuse: Callable[[str], NoReturn]) -> None:
         self._refuse = refuse
         self._stack: list[Any] = []
         self._marks: list[int] = []
