@@ -675,3 +675,13 @@ def test_a_run_pretrains_on_imported_codes_and_goes_on_with_those_of_its_checkpo
     picture = coloured(1, SIDE, SIDE)[0].permute(1, 2, 0).numpy()
     filled = vlbeit.load(cut, "cpu").fill_patches(picture)
     assert filled.filled_decoded.shape == (SIDE, SIDE, 3)
+
+
+@pytest.mark.parametrize("name", ["vqkd", "dalle"])
+def test_convert_says_which_command_takes_a_visual_tokenizer(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vlbeit.cli import main
+
+    assert main(["convert", name, "x.pth", "--out", "y"]) == 78
+    assert "vlbeit tokenizer import" in capsys.readouterr().err

@@ -27,6 +27,10 @@ EXPORTS: dict[str, Callable[[Path, Path], Receipt]] = {"hf-beit": export_hf_beit
 """What can be written: (run, folder) -> receipt."""
 
 
+VISUAL_TOKENIZERS = ("vqkd", "dalle")
+"""Foreign weights that make a tokenizer: another command's."""
+
+
 def main(argv: Sequence[str]) -> int:
     """`argv` is the words after the verb; returns the exit code."""
     words = list(argv)
@@ -69,6 +73,11 @@ def _usage() -> str:
 
 def _import(words: list[str]) -> int:
     layout = words[0]
+    if layout in VISUAL_TOKENIZERS:
+        raise ConfigError(
+            f"vlbeit convert: {layout} is a visual tokenizer and no model; "
+            "`vlbeit tokenizer import FILE --out DIR` takes it (docs/tokenizers.md)"
+        )
     if layout not in LAYOUTS:
         near = difflib.get_close_matches(layout, LAYOUTS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

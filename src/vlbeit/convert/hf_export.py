@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from vlbeit.checkpoint import TASK_FILE, Checkpoint, find_checkpoint, read_json
+from vlbeit.checkpoint import TASK_FILE, Checkpoint, find_checkpoint
 from vlbeit.config import (
     ClassificationRun,
     FinetuneConfig,
@@ -35,6 +35,7 @@ from vlbeit.convert.hf_folder import CONFIG, PREPROCESSOR
 from vlbeit.convert.rewriting import Drop, Plan, Receipt, Rule, carry_out
 from vlbeit.convert.weightfile import FOLDER_FILES
 from vlbeit.errors import ConfigError, InputError, SaveError
+from vlbeit.jsonfile import read_json
 from vlbeit.nn.upernet import POOLS
 from vlbeit.tasks.segmentation import tap_layers
 from vlbeit.tensorfile import write_tensors

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from vlbeit.checkpoint import read_json
 from vlbeit.config import ModelConfig
 from vlbeit.convert.beit import layer_rules, patch_rules, pretrained
 from vlbeit.convert.bert_text import BertText, with_positions
@@ -23,6 +22,7 @@ from vlbeit.convert.pixels import PixelScaling
 from vlbeit.convert.rewriting import Plan, Rule, flat
 from vlbeit.convert.vocabulary import bert_rows, find_bert_vocabulary
 from vlbeit.errors import InputError
+from vlbeit.jsonfile import read_json
 from vlbeit.types import Modality
 
 PREFIX = "encoder.layer.{}."

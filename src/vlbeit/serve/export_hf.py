@@ -22,6 +22,7 @@ from typing import Any
 from vlbeit import hub
 from vlbeit.checkpoint import TASK_FILE, Checkpoint, copy_checkpoint, find_checkpoint
 from vlbeit.config import ModelConfig, from_dict
+from vlbeit.convert.hf_export import preprocessor
 from vlbeit.errors import ConfigError
 from vlbeit.jsonfile import read_json
 from vlbeit.modelcard import CardFacts, write_card
@@ -109,7 +110,7 @@ def export_hf(
         state={"step": checkpoint.step, "sources": checkpoint.state.get("sources", {})},
         files={
             hub.CARD: write_card(facts).encode(),
-            "preprocessor_config.json": _json(_image_processor(facts.model)),
+            "preprocessor_config.json": _json(preprocessor(facts.model)),
         },
     )
 
@@ -209,24 +210,6 @@ def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _last_part(path: str) -> str:
     return Path(path).name
-
-
-def _image_processor(model: ModelConfig) -> dict[str, Any]:
-    """What `transformers.AutoImageProcessor` reads: it scales and squashes as `plain` does."""
-    height, width = model.image_size
-    return {
-        "image_processor_type": "BeitImageProcessor",
-        "do_resize": True,
-        "size": {"height": height, "width": width},
-        "resample": 3,
-        "do_center_crop": False,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "do_reduce_labels": False,
-    }
 
 
 def _json(tree: Mapping[str, Any]) -> bytes:
