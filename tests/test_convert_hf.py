@@ -57,7 +57,7 @@ from vlbeit.tasks import build_task
 from vlbeit.tokens.text import special_tokens_only
 
 MODEL = ModelConfig(
-    width=WIDTH, layers=4, heads=HEADS, ffn=FFN, vl_layers=1, image_size=(SIDE, SIDE), patch=PATCH,
+    width=WIDTH, layers=6, heads=HEADS, ffn=FFN, vl_layers=1, image_size=(SIDE, SIDE), patch=PATCH,
     vocab=5, codes=20, text_positions=TEXTS, layer_scale=0.1, drop_path=0.0,
 )  # fmt: skip
 PEERS = {
@@ -140,7 +140,7 @@ def test_transformers_answers_as_ours_and_the_way_back_is_bit_equal(tmp_path, ki
     assert worst(mine, theirs) <= 1e-5
     # A wrong eps, or a tensor that is read and was disturbed, would show.
     with torch.no_grad():
-        peer.beit.layers[0].attention.v_proj.bias.add_(0.5)
+        peer.beit.layers[0].attention.v_proj.bias.add_(3.0)
     assert worst(mine, peer_outputs(kind, peer, pixels, masked)) > 1e-4
 
     back = imported("hf-beit", tmp_path / "hf")
@@ -184,6 +184,9 @@ def test_what_transformers_cannot_be_is_refused(tmp_path):
     write_ours(tmp_path / "wide", "pretrained", image_size=(SIDE, 2 * SIDE))
     with pytest.raises(ConfigError, match="not square"):
         export_hf_beit(tmp_path / "wide", tmp_path / "hf")
+    write_ours(tmp_path / "shallow", "segmentation", layers=4)
+    with pytest.raises(ConfigError, match="name a block twice"):
+        export_hf_beit(tmp_path / "shallow", tmp_path / "hf")
     assert main(["convert", str(tmp_path / "wide"), "--to", "hf-beit", "--out", "x"]) == 78
     assert main(["convert", str(tmp_path / "wide"), "--to", "nothing", "--out", "x"]) == 78
 
