@@ -132,6 +132,8 @@ def test_every_task_has_its_promised_figure_beside_its_baseline(demo):
             low, high = entry["intervals"][key]
             assert 0 <= low <= entry[key] <= high <= 1, (name, key)
         assert entry["count"] > 0 and entry["steps"] == (VQA_STEPS if name == "vqa" else 3)
+    assert start_of(demo, "statements").endswith("tasks/vqa/checkpoints/step-0000040")
+    assert start_of(demo, "retrieval").endswith("pretrain/checkpoints/step-0000006")
     assert found["retrieval"]["baseline"] == pytest.approx(1 / 500)
     assert found["retrieval"]["tr_r1"] == found["retrieval"]["figures"]["reranked_text@1"]["value"]
 
@@ -212,8 +214,16 @@ def test_a_demo_told_to_go_further_trains_only_the_missing_steps(demo):
     run_demo(demo, quick_config(max_steps=8), COUNT, quick_tasks("segmentation"))
     assert set(metrics(demo)["tasks"]) == {"segmentation"}
     assert (demo / "tasks" / "segmentation-from-step-0000006" / "metrics.jsonl").is_file()
-    config = json.loads((demo / "tasks" / "segmentation" / "config.json").read_text())
-    assert config["start"].endswith("step-0000008")
+    assert start_of(demo, "segmentation").endswith("pretrain/checkpoints/step-0000008")
+
+    run_demo(demo, quick_config(max_steps=8), COUNT, quick_tasks("vqa"))
+    # VQA ends at the same step again, so its name alone would not tell that statements are old.
+    assert (demo / "tasks" / "statements-from-step-0000006").is_dir()
+    assert set(metrics(demo)["tasks"]) == {"segmentation", "vqa"}
+
+
+def start_of(demo: Path, task: str) -> str:
+    return json.loads((demo / "tasks" / task / "config.json").read_text())["start"]
 
 
 @pytest.mark.slow
@@ -295,6 +305,10 @@ def test_the_command_asks_for_these_tasks_and_stops_them_early_too(
 
 def test_tasks_are_in_the_order_of_the_demo_and_named_once():
     assert parse_tasks(" retrieval, vqa,vqa ") == ("vqa", "retrieval")
+
+
+def test_a_task_that_goes_on_from_another_brings_it_along():
+    assert parse_tasks("statements,retrieval") == ("vqa", "retrieval", "statements")
 
 
 def test_text_retrieval_and_image_retrieval_are_told_apart():

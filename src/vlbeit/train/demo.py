@@ -29,13 +29,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vlbeit import __version__
-from vlbeit.checkpoint import find_checkpoint
 from vlbeit.config import FinetuneConfig, PretrainConfig, digest
 from vlbeit.data.dataset import Dataset
 from vlbeit.data.loader import open_streams
 from vlbeit.data.manifest import write_atomic
 from vlbeit.data.scene_world import SIDE
-from vlbeit.data.scenes import WORLD_VERSION, prepare_scenes
+from vlbeit.data.scenes import TASK_SCENES, WORLD_VERSION, prepare_scenes
 from vlbeit.errors import ConfigError
 from vlbeit.eval.cli import percent, show, table_of
 from vlbeit.eval.evaluate import evaluate_run, load_run
@@ -49,6 +48,7 @@ from vlbeit.train.demo_tasks import (
     in_demo,
     measure_task,
     parse_tasks,
+    start_of,
     task_configs,
     task_metrics,
     train_task,
@@ -183,8 +183,7 @@ def fine_tune(
     demo: RunFolder,
 ) -> list[TaskResult]:
     """Train what is asked for and is not done, measure it, and what was done before."""
-    begin = find_checkpoint(folder / "pretrain", demo.log)
-    done = finished_tasks(folder, begin, demo.log)
+    done = finished_tasks(folder, demo.log)
     results = []
     for name in DRAWN_TASKS:
         if name not in asked and name not in done:
@@ -192,7 +191,7 @@ def fine_tune(
         with clock.phase(f"finetune_{name}"):
             if name in asked:
                 with own_signals():
-                    train_task(asked[name], begin, demo.log)
+                    train_task(asked[name], start_of(name, folder, demo.log), demo.log)
             else:
                 demo.log(f"done by an earlier command: {folder / 'tasks' / name}")
             results.append(measure_task(folder / "tasks" / name, config.device, demo.log))
@@ -297,7 +296,7 @@ def prepare(out: Path, count: int, seed: int, demo: RunFolder) -> None:
     """
     wanted = {"world": WORLD_VERSION, "seed": seed, "count": count, "size": SIDE}
     if not (out / "dataset.json").is_file():
-        demo.log(f"drawing {count} scenes for each stream")
+        demo.log(f"drawing {count} scenes for each stream, {TASK_SCENES * count} for the tasks")
         prepare_scenes(out, count, seed)
         demo.log(f"scenes and text tokenizer in {out}")
         return

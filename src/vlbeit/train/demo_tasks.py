@@ -1,9 +1,10 @@
 """The demo's downstream tasks: which there are, fine-tuning one, its figures for metrics.json.
 
     tasks/vqa/          a run folder of `vlbeit finetune vqa`, started from the demo's pretraining
+    tasks/statements/   the same, started from tasks/vqa (GOES_ON_FROM)
 
 Pretraining that went on after a task makes that task's figures old: its folder is then set aside
-(tasks/vqa-from-step-0000600) and the task is trained again.
+(tasks/vqa-from-step-0000600) with those of the tasks that go on from it, and all are trained again.
 """
 
 import difflib
@@ -12,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlbeit.checkpoint import Checkpoint, load_newest
+from vlbeit.checkpoint import Checkpoint, find_checkpoint, load_newest
 from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.errors import ConfigError
 from vlbeit.eval.downstream import TaskRun, evaluate_task
@@ -27,12 +28,15 @@ Log = Callable[[str], None]
 DRAWN_TASKS: dict[str, str] = {
     "vqa": "questions (VQA)",
     "retrieval": "retrieval",
-    "statements": "statements about two scenes (NLVR2)",
+    "statements": "statements about two scenes (NLVR2), after VQA",
     "classification": "classification",
     "segmentation": "segmentation",
 }
 """The tasks that the drawn world has records for, in words, in the order of the demo."""
 DEFAULT_TASKS = ("vqa", "retrieval")
+GOES_ON_FROM = {"statements": "vqa"}
+"""Tasks that start from another one's run. Statements ask of two pictures what VQA asks of one,
+whether something is there; from pretraining they stay near chance (docs/notebook.md)."""
 METRICS_NAMES = {"statements": "nlvr2"}
 """Names in metrics.json, where they differ from that of the task."""
 EXAMPLES = {"retrieval": 4}
@@ -41,7 +45,8 @@ MOST_EXAMPLES = 6
 
 
 def parse_tasks(words: str) -> tuple[str, ...]:
-    """`--tasks`: names with commas between them, or "none"; returned in the order of the demo.
+    """`--tasks`: names with commas between them, or "none"; returned in the order of the demo, with
+    those that they go on from.
 
     Raises:
         ConfigError: a name that is no task of the drawn world, or "none" beside others.
@@ -57,6 +62,7 @@ def parse_tasks(words: str) -> tuple[str, ...]:
                 f"--tasks {words}: {name!r} is no task of the drawn world{hint} (give some of "
                 f"{','.join(DRAWN_TASKS)}, or none alone)"
             )
+    names += [GOES_ON_FROM[name] for name in names if name in GOES_ON_FROM]
     return tuple(name for name in DRAWN_TASKS if name in names)
 
 
@@ -93,7 +99,7 @@ def train_task(config: FinetuneConfig, begin: Checkpoint, log: Log) -> None:
 
     Args:
         config: as `in_demo` returns it.
-        begin: the newest checkpoint of the demo's pretraining.
+        begin: where it starts (`start_of`).
 
     Raises:
         VLBeitError: whatever ends a run early; see `finetune`.
@@ -105,18 +111,38 @@ def train_task(config: FinetuneConfig, begin: Checkpoint, log: Log) -> None:
         if starts_from(newest, begin):
             start = newest.config["start"]  # a demo that was moved since is still the same one
         else:
-            aside = free_name(run_dir, Path(newest.config["start"]).name)
-            run_dir.rename(aside)
-            log(
-                f"{run_dir} started from {Path(newest.config['start']).name} of pretraining, which "
-                f"is at {begin.folder.name} now: kept as {aside}, trained again"
-            )
+            # Those that go on from it first: stopped in between, they would seem to be up to date.
+            after = [
+                run_dir.with_name(name) for name, on in GOES_ON_FROM.items() if on == config.task
+            ]
+            for old in (*filter(Path.exists, after), run_dir):
+                aside = free_name(old, Path(newest.config["start"]).name)
+                old.rename(aside)
+                log(
+                    f"{run_dir} started from {of_demo(newest.config['start'])}, and the demo is at "
+                    f"{of_demo(begin.folder)} now: {old} is kept as {aside}"
+                )
     finetune(replace(config, start=start))
 
 
+def start_of(task: str, folder: Path, log: Log) -> Checkpoint:
+    """The newest checkpoint of the run in this demo that a task starts from.
+
+    Raises:
+        InputError: there is none yet.
+    """
+    on = GOES_ON_FROM.get(task)
+    return find_checkpoint(folder / "tasks" / on if on else folder / "pretrain", log)
+
+
 def starts_from(run: Checkpoint, begin: Checkpoint) -> bool:
-    """Whether a task's run started from this checkpoint of the demo."""
-    return Path(run.config["start"]).name == begin.folder.name
+    """Whether a task's run started from this checkpoint of the demo, wherever the demo lies."""
+    return of_demo(run.config["start"]) == of_demo(begin.folder)
+
+
+def of_demo(checkpoint: str | Path) -> str:
+    """A checkpoint without the folder of its demo: pretrain/checkpoints/step-0002200."""
+    return "/".join(Path(checkpoint).parts[-3:])
 
 
 def free_name(run_dir: Path, start: str) -> Path:
@@ -128,12 +154,17 @@ def free_name(run_dir: Path, start: str) -> Path:
     return path
 
 
-def finished_tasks(folder: Path, begin: Checkpoint, log: Log) -> list[str]:
-    """Tasks of an earlier command that are done and started from this checkpoint."""
-    found = []
+def finished_tasks(folder: Path, log: Log) -> list[str]:
+    """Tasks of an earlier command that are done and started from where the demo is now."""
+    found: list[str] = []
     for name in DRAWN_TASKS:
         run = load_newest(folder / "tasks" / name, log)
-        if run is not None and starts_from(run, begin) and run.step >= run.config["max_steps"]:
+        if (
+            run is not None
+            and GOES_ON_FROM.get(name, name) in (*found, name)
+            and run.step >= run.config["max_steps"]
+            and starts_from(run, start_of(name, folder, log))
+        ):
             found.append(name)
     return found
 
