@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,23 @@ from foreign_files import (
     vlmo_tensors,
     write_vocabulary,
 )
-from toy_tasks import toy_config, write_tasks
+from toy_tasks import toy_config, toy_finetune, write_start, write_tasks
 from untrained_run import noise
 from vlbeit.checkpoint import find_checkpoint
 from vlbeit.cli import main
-from vlbeit.config import ModelConfig, from_dict
+from vlbeit.config import (
+    ModelConfig,
+    SegmentationConfig,
+    SegmentationRun,
+    finetune_config,
+    from_dict,
+)
+from vlbeit.errors import ConfigError
 from vlbeit.nn.model import VLBeit
+from vlbeit.nn.weights import initialise
+from vlbeit.tasks import build_task
 from vlbeit.train.finetune import finetune
+from vlbeit.train.opening import check_same_run
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +119,39 @@ def test_a_dry_run_shows_the_receipt_and_writes_nothing(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["layout"] == "beit"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["beit.pth"]
     assert main(["convert", "beit", str(path)]) == 78
+
+
+def test_a_run_from_before_a_setting_was_made_goes_on(tmp_path, data):
+    """config.json of an older release lacks model.text_norm_eps; its default then was today's."""
+    start = write_start(tmp_path / "start", data)
+    settings = {"max_steps": 1, "save_every": 1}
+    run = toy_finetune("classification", start, data, tmp_path / "run", settings)
+    folder = find_checkpoint(run, print).folder
+    tree = json.loads((folder / "config.json").read_text())
+    del tree["model"]["text_norm_eps"]
+    older = replace(find_checkpoint(run, print), config=tree)
+    log = SimpleNamespace(checkpoint=older, world=SimpleNamespace(size=1), threads=1, log=print)
+    config = finetune_config(json.loads((folder / "config.json").read_text()))
+    check_same_run(log, config)
+    with pytest.raises(ConfigError, match="model.text_norm_eps was 0.0 and is 1e-12"):
+        changed = replace(config.model, text_norm_eps=1e-12)
+        check_same_run(log, replace(config, model=changed))
+
+
+def test_only_the_named_tensors_are_filled_and_as_in_a_fresh_model():
+    config = toy_config("classification").model
+    whole = VLBeit(config, seed=3).state_dict()
+    names = {"backbone.blocks.1.experts.l.fc2.weight", "heads.mlm.weight", "text.positions"}
+    model = VLBeit(config, seed=None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    initialise(model, 3, config.init_std, config.position_std, only=names)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, (whole if name in names else before)[name]), name
+
+
+@pytest.mark.parametrize("taps", [(1, 2, 3), (2, 1, 3, 4), (0, 1, 2, 3), (1, 2, 3, 5)])
+def test_taps_that_a_trunk_of_four_blocks_does_not_have_are_refused(taps):
+    model = ModelConfig(layers=4)
+    run = SegmentationRun(recipe="toy", model=model, segmentation=SegmentationConfig(taps=taps))
+    with pytest.raises(ConfigError, match="segmentation.taps must be four blocks of 1..4"):
+        build_task(run, {"classes": ["a", "b"], "most_frequent": 0})
