@@ -145,6 +145,10 @@ def sizes_of(names: BeitNames, tensors: Mapping[str, Tensor], origin: str, heads
         if heads not in (0, counted):
             raise ConfigError(f"--heads {heads}: the table of {origin} is for {counted} heads")
         heads = counted
+    elif names.positions not in tensors:
+        raise InputError(
+            f"{origin}: missing {names.shared_table} (or {of_layers[0]}, or {names.positions})"
+        )
     else:
         rows = shape_of(tensors, names.positions, 3, origin)[1]
         grid = square_side(rows - 1, names.positions, origin)
@@ -152,6 +156,8 @@ def sizes_of(names: BeitNames, tensors: Mapping[str, Tensor], origin: str, heads
     if heads < 1 or width % heads:
         raise ConfigError(f"{origin}: width {width} in {heads} heads; give --heads")
     mim, classifier = f"{names.mim}.weight", f"{names.classifier}.weight"
+    with_mim, with_classes = has_layer(tensors, names.mim), has_layer(tensors, names.classifier)
+    gammas = {prefix.format(layer) + gamma for layer in range(layers) for gamma in names.gammas}
     return Sizes(
         width=width,
         layers=layers,
@@ -159,14 +165,19 @@ def sizes_of(names: BeitNames, tensors: Mapping[str, Tensor], origin: str, heads
         ffn=shape_of(tensors, prefix.format(0) + fc1, 2, origin)[0],
         patch=patch,
         grid=grid,
-        codes=shape_of(tensors, mim, 2, origin)[0] if mim in tensors else ModelConfig().codes,
-        classes=shape_of(tensors, classifier, 2, origin)[0] if classifier in tensors else 0,
+        codes=shape_of(tensors, mim, 2, origin)[0] if with_mim else ModelConfig().codes,
+        classes=shape_of(tensors, classifier, 2, origin)[0] if with_classes else 0,
         masked=names.masked in tensors,
         shared_table=shared,
         layer_tables=bool(tables) and not shared,
         positions=names.positions in tensors,
-        gammas=prefix.format(0) + names.gammas[0] in tensors,
+        gammas=not gammas.isdisjoint(tensors),
     )
+
+
+def has_layer(tensors: Mapping[str, Tensor], name: str) -> bool:
+    """Whether weight or bias is there; the other one is then asked for by name."""
+    return f"{name}.weight" in tensors or f"{name}.bias" in tensors
 
 
 def model_config(sizes: Sizes, request: Request, norm_eps: float) -> ModelConfig:
@@ -227,8 +238,8 @@ def plan_of(
             facts={"classes": classes, "most_frequent": 0},
         )
         return Found(plan=found, tokenizer=request.tokenizer)
-    with_head = f"{names.mim}.weight" in tensors
-    if with_head or f"{names.norm}.weight" in tensors:
+    with_head = has_layer(tensors, names.mim)
+    if with_head or has_layer(tensors, names.norm):
         rules += layer_rules(names.norm, "backbone.norm")
     if with_head:
         rules += layer_rules(names.mim, "heads.mim")

@@ -74,18 +74,18 @@ def segmentation_names(auxiliary: bool) -> dict[str, str]:
         "pyramid.up4.0": "fpn1.0",
         "pyramid.up4.3": "fpn1.3",
         "pyramid.up2": "fpn2.0",
-        "head.classifier": "decode_head.classifier",
+        "upper.classifier": "decode_head.classifier",
     }
     norms = {"pyramid.up4.1": "fpn1.1"}
     convolutions = {
-        "head.bottleneck": "decode_head.bottleneck",
-        "head.fuse": "decode_head.fpn_bottleneck",
+        "upper.bottleneck": "decode_head.bottleneck",
+        "upper.fuse": "decode_head.fpn_bottleneck",
     }
     for i in range(len(POOLS)):
-        convolutions[f"head.pools.{i}"] = f"decode_head.psp_modules.{i}.1"
+        convolutions[f"upper.pools.{i}"] = f"decode_head.psp_modules.{i}.1"
     for i in range(3):
-        convolutions[f"head.laterals.{i}"] = f"decode_head.lateral_convs.{i}"
-        convolutions[f"head.smooths.{i}"] = f"decode_head.fpn_convs.{i}"
+        convolutions[f"upper.laterals.{i}"] = f"decode_head.lateral_convs.{i}"
+        convolutions[f"upper.smooths.{i}"] = f"decode_head.fpn_convs.{i}"
     if auxiliary:
         layers["auxiliary.classifier"] = "auxiliary_head.classifier"
         convolutions["auxiliary.conv"] = "auxiliary_head.convs.0"

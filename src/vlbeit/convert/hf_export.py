@@ -130,6 +130,11 @@ def export_plan(
     elif isinstance(config, SegmentationRun):
         rules += segmentation_rules(config)
         taps = config.segmentation.taps or tuple(tap_layers(model.layers))
+        if len(set(taps)) < len(taps):
+            raise ConfigError(
+                f"segmentation.taps {tuple(taps)} name a block twice, which transformers refuses; "
+                "a trunk of six blocks or more has four different ones"
+            )
         extra = {"out_indices": [tap + 1 for tap in taps]}
         if taps[-1] == model.layers:
             rules += inert_rules(model)

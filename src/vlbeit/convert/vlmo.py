@@ -8,6 +8,7 @@ is never an image's there, so the mask vector of patches has no source either.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -59,7 +60,7 @@ PATCH, CLS, POSITIONS = (
 )
 TABLE = "relative_position_bias_table"
 GAMMA = "transformer.blocks.{}.gamma_{}"
-VL_NORM = "transformer.blocks.{}.norm2_vl.weight"
+VL_EXPERT = re.compile(r"transformer\.blocks\.(\d+)\.(norm2|mlp)_vl\.")
 TEXT_ROWS = 196
 """Longest text of VLMo's pretraining; fine-tuned files keep the table's rows for it."""
 HEADS = {544: 16}
@@ -134,6 +135,8 @@ def model_of(tensors: Mapping[str, Tensor], request: Request, vocab: int) -> Mod
         rows, columns = shape_of(tensors, TABLE, 2, origin)
         grid, texts = table_parts(rows, stored, origin)
         heads, relative = columns // layers, "per_layer"
+    elif POSITIONS not in tensors:
+        raise InputError(f"{origin}: missing {TABLE} (or, in a base-plus file, {POSITIONS})")
     else:
         places = shape_of(tensors, POSITIONS, 3, origin)[1] - 1
         grid, texts, relative = round(places**0.5), stored, "none"
@@ -142,9 +145,10 @@ def model_of(tensors: Mapping[str, Tensor], request: Request, vocab: int) -> Mod
             raise InputError(f"{origin}: {POSITIONS} has {places} places, which is no square grid")
     if heads < 1 or width % heads:
         raise ConfigError(f"{origin}: width {width} in {heads} heads; give --heads")
-    fused = [layer for layer in range(layers) if VL_NORM.format(layer) in tensors]
+    fused = sorted({int(match[1]) for match in map(VL_EXPERT.match, tensors) if match})
     if fused != list(range(layers - len(fused), layers)):
         raise InputError(f"{origin}: blocks {fused} of {layers} have a VL-expert, not the top ones")
+    gammas = {GAMMA.format(layer, number) for layer in range(layers) for number in (1, 2)}
     return ModelConfig(
         width=width,
         layers=layers,
@@ -157,7 +161,7 @@ def model_of(tensors: Mapping[str, Tensor], request: Request, vocab: int) -> Mod
         text_positions=texts,
         absolute_positions=relative == "none",
         relative_bias=relative,
-        layer_scale=ModelConfig().layer_scale if GAMMA.format(0, 1) in tensors else 0.0,
+        layer_scale=ModelConfig().layer_scale if not gammas.isdisjoint(tensors) else 0.0,
         norm_eps=NORM_EPS,
         text_norm_eps=BERT_EPS if relative == "none" else 0.0,
     )
