@@ -54,7 +54,8 @@ def pretrained_run(run_dir: Path, data: Path = Path("/home/me/private/shades")) 
     visual = VQKD(VISUAL)
     initialise(visual, 0)
     model = VLBeit(sizes, seed=1)
-    return _save(run_dir, config, model, text, visual_tokenizer=VQKDTokenizer(visual))
+    taught = {"training": {"teacher": "/home/me/private/clip"}}
+    return _save(run_dir, config, model, text, visual_tokenizer=VQKDTokenizer(visual, taught))
 
 
 def task_run(run_dir: Path, task: str) -> Path:

@@ -83,6 +83,8 @@ def test_nobody_learns_where_files_lay(run_dir: Path, exported: Path, tmp_path: 
                 for told in ("/home/me", "private", str(run_dir.parent), "my-own-host"):
                     assert told not in text, (path.name, told)
     assert json.loads((exported / "config.json").read_text())["data"] == ["shades"]
+    visual = json.loads((exported / "visual/config.json").read_text())
+    assert visual["facts"]["training"]["teacher"] == "clip"
     # The negative check: the run's own config has the path.
     assert (
         "/home/me/private" in (find_checkpoint(run_dir, print).folder / "config.json").read_text()

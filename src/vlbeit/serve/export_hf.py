@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from vlbeit import hub
-from vlbeit.checkpoint import TASK_FILE, Checkpoint, copy_checkpoint, find_checkpoint
+from vlbeit.checkpoint import (
+    TASK_FILE,
+    VISUAL_TOKENIZER,
+    Checkpoint,
+    copy_checkpoint,
+    find_checkpoint,
+)
 from vlbeit.config import ModelConfig, from_dict
 from vlbeit.convert.hf_export import preprocessor
 from vlbeit.errors import ConfigError
@@ -31,7 +37,8 @@ from vlbeit.tensorfile import read_header
 EVALUATION = "evaluation.json"
 """In a run folder: what `vlbeit eval RUN --out RUN/evaluation.json` wrote."""
 PATHS = (("run_dir",), ("start",), ("tokenizers", "text"), ("tokenizers", "visual"))
-"""Settings that hold a path. The last part stays: others need not know where files lay."""
+"""Settings that hold a path, relative ones too. The last part stays: others need not know where
+files lay."""
 
 USAGE = "usage: vlbeit export hf RUN OUT [--licence ID] [--name NAME] [--evaluation FILE] ..."
 
@@ -103,15 +110,20 @@ def export_hf(
     }
     if (checkpoint.folder / TASK_FILE).is_file():
         config["task_facts"] = read_json(checkpoint.folder / TASK_FILE)
+    files = {
+        hub.CARD: write_card(facts).encode(),
+        "preprocessor_config.json": _json(preprocessor(facts.model)),
+    }
+    visual = f"{VISUAL_TOKENIZER}/{hub.CONFIG}"
+    if visual in checkpoint.manifest["files"]:
+        # Its facts may name a teacher's folder; its digest is of weights and sizes alone.
+        files[visual] = _json(_bare(read_json(checkpoint.folder / visual)))
     return copy_checkpoint(
         checkpoint,
         Path(out),
         config=config,
         state={"step": checkpoint.step, "sources": checkpoint.state.get("sources", {})},
-        files={
-            hub.CARD: write_card(facts).encode(),
-            "preprocessor_config.json": _json(preprocessor(facts.model)),
-        },
+        files=files,
     )
 
 
@@ -197,7 +209,7 @@ def _seconds(path: Path, step: int) -> float | None:
 
 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads(json.dumps(config))
+    tree: dict[str, Any] = _bare(config)
     tree["data"] = [_last_part(folder) for folder in tree.get("data", ())]
     for *groups, leaf in PATHS:
         inside = tree
@@ -206,6 +218,17 @@ def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         if inside.get(leaf):
             inside[leaf] = _last_part(inside[leaf])
     return tree
+
+
+def _bare(value: Any) -> Any:
+    """A tree of JSON with the last part of every absolute path in place of it."""
+    if isinstance(value, Mapping):
+        return {key: _bare(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_bare(inner) for inner in value]
+    if isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()):
+        return _last_part(value)
+    return value
 
 
 def _last_part(path: str) -> str:
