@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import gradients
 from toy_run import losses, rows
 from toy_tasks import MODEL, TOYS, TRAIN, VAL, toy_config, toy_finetune, write_start, write_tasks
-from vlbeit.checkpoint import find_checkpoint, list_checkpoints, read_json
+from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.cli import main
 from vlbeit.config import finetune_config, to_dict
 from vlbeit.data.order import Visit
@@ -25,6 +25,7 @@ from vlbeit.data.task_stream import TaskStream, open_task
 from vlbeit.errors import ConfigError, DataBudgetError, InputError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
 from vlbeit.eval.neighbours import vote
+from vlbeit.jsonfile import read_json
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import TASKS, build_task, learn_facts, reached
 from vlbeit.tokens.text import TextTokenizer

@@ -1,4 +1,4 @@
-"""The image path against transformers' BeitForMaskedImageModeling, weights mapped name by name.
+"""The image path against transformers' BeitForMaskedImageModeling, through `vlbeit convert`.
 
 Logits, hidden states, loss and gradients must agree to rounding, and stop agreeing as soon as any
 mapped tensor is disturbed. transformers' default LayerNorm eps is 1e-12, BEiT's own is 1e-6, so it
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitForMaskedImageModeling
 
-from tiny_models import exactly, fill_normal, random_pixels, tiny_config
+from foreign_files import imported, mapped, model_of, save_peer, worst
+from tiny_models import exactly, fill_normal, random_pixels
 from vlbeit.config import ObjectiveConfig
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import score_batch
@@ -41,66 +42,6 @@ def build_peer(kind: str) -> BeitForMaskedImageModeling:
     return peer.eval()
 
 
-def build_ours(kind: str) -> VLBeit:
-    config = tiny_config(
-        layers=LAYERS, vl_layers=0, absolute_positions=False, relative_bias=kind, codes=CODES
-    )
-    model = VLBeit(config)
-    fill_normal(model, seed=2)  # what is not mapped must not matter
-    return model
-
-
-def mapped(peer: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The peer's tensors (weights or their gradients) under our names."""
-    ours = {
-        "image.proj.weight": peer["beit.embeddings.patch_embeddings.projection.weight"].flatten(1),
-        "image.proj.bias": peer["beit.embeddings.patch_embeddings.projection.bias"],
-        "image.cls": peer["beit.embeddings.cls_token"].flatten(),
-        "image.masked_patch": peer["beit.embeddings.mask_token"].flatten(),
-        "backbone.norm.weight": peer["layernorm.weight"],
-        "backbone.norm.bias": peer["layernorm.bias"],
-        "heads.mim.weight": peer["lm_head.weight"],
-        "heads.mim.bias": peer["lm_head.bias"],
-    }
-    for layer in range(LAYERS):
-        theirs, mine = f"beit.layers.{layer}.", f"backbone.blocks.{layer}."
-        ours[mine + "attention.qkv.weight"] = torch.cat(
-            [peer[f"{theirs}attention.{part}_proj.weight"] for part in "qkv"]
-        )
-        for here, there in {
-            "attention.q_bias": "attention.q_proj.bias",
-            "attention.v_bias": "attention.v_proj.bias",
-            "attention.proj.weight": "attention.o_proj.weight",
-            "attention.proj.bias": "attention.o_proj.bias",
-            "norm1.weight": "layernorm_before.weight",
-            "norm1.bias": "layernorm_before.bias",
-            "experts.v.norm.weight": "layernorm_after.weight",
-            "experts.v.norm.bias": "layernorm_after.bias",
-            "experts.v.fc1.weight": "mlp.fc1.weight",
-            "experts.v.fc1.bias": "mlp.fc1.bias",
-            "experts.v.fc2.weight": "mlp.fc2.weight",
-            "experts.v.fc2.bias": "mlp.fc2.bias",
-            "gamma_1": "lambda_1",
-            "gamma_2": "lambda_2",
-        }.items():
-            ours[mine + here] = peer[theirs + there]
-    leaf = "relative_position_bias_table"
-    if kind == "shared":
-        table = peer[f"beit.shared_position_bias.{leaf}"]
-    else:
-        tables = [f"beit.layers.{i}.relative_position_bias.{leaf}" for i in range(LAYERS)]
-        table = torch.cat([peer[name] for name in tables], dim=1)
-    ours["backbone.relative_bias.table"] = table  # image rows only
-    return ours
-
-
-def load_mapped(model: VLBeit, tensors: dict[str, Tensor]) -> None:
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in tensors:
-                parameter[: len(tensors[name])] = tensors[name]
-
-
 @pytest.fixture
 def batch() -> Batch:
     codes = torch.randint(0, CODES, (2, 16), generator=torch.Generator().manual_seed(3))
@@ -114,11 +55,10 @@ def batch() -> Batch:
 
 
 @pytest.fixture(params=KINDS)
-def case(request, batch):
-    kind = request.param
-    peer, ours = build_peer(kind), build_ours(kind)
-    load_mapped(ours, mapped(dict(peer.named_parameters()), kind))
-    return kind, peer, ours, batch
+def case(request, batch, tmp_path):
+    peer = build_peer(request.param)
+    converted = imported("hf-beit", save_peer(peer, tmp_path))
+    return converted, peer, model_of(converted), batch
 
 
 def peer_answer(peer: nn.Module, batch: Batch, **more: object):
@@ -132,14 +72,15 @@ def our_logits(model: VLBeit, batch: Batch) -> Tensor:
     return model.heads["mim"](model.backbone(states)[:, 1:])
 
 
-def worst(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
 def test_every_tensor_of_the_peer_is_mapped(case):
-    kind, peer, ours, _ = case
-    numbers = sum(p.numel() for p in peer.parameters())
-    assert sum(t.numel() for t in mapped(dict(peer.named_parameters()), kind).values()) == numbers
+    converted, peer, _, _ = case
+    entries = converted.receipt.entries
+    taken = {name for entry in entries for name in entry.sources}
+    assert len(taken) == len(dict(peer.named_parameters()))
+    assert {entry.action for entry in entries} == {"renamed", "initialised"}
+    fresh = {entry.target for entry in converted.receipt.named("initialised")}
+    assert not any(name.startswith(("image.", "heads.mim", "backbone.norm")) for name in fresh)
+    assert not any(".attention." in name or ".experts.v." in name for name in fresh)
 
 
 def test_logits_and_hidden_states_agree_with_the_peer(case):
@@ -166,14 +107,14 @@ def test_the_loss_on_masked_patches_agrees_with_the_peer(case):
 
 
 def test_gradients_of_shared_tensors_agree_with_the_peer(case):
-    kind, peer, ours, batch = case
+    converted, peer, ours, batch = case
     peer_answer(peer, batch).loss.backward()
     logits = our_logits(ours, batch)[batch.patch_masked]
     F.cross_entropy(logits, batch.patch_codes[batch.patch_masked]).backward()
-    theirs = mapped({name: p.grad for name, p in peer.named_parameters()}, kind)
+    theirs = mapped(converted, {name: p.grad for name, p in peer.named_parameters()}, "hf-beit")
     mine = dict(ours.named_parameters())
     for name, wanted in theirs.items():
-        found = mine[name].grad[: len(wanted)]
+        found = mine[name].grad
         scale = wanted.abs().max().item()
         assert scale > 0, name
         assert worst(found, wanted) <= 1e-4 * scale + 1e-7, name
@@ -182,23 +123,23 @@ def test_gradients_of_shared_tensors_agree_with_the_peer(case):
 
 
 def test_disturbing_any_mapped_tensor_breaks_the_agreement(case):
-    kind, peer, ours, batch = case
-    theirs = mapped(dict(peer.named_parameters()), kind)
+    converted, peer, ours, batch = case
+    theirs = mapped(converted, dict(peer.named_parameters()), "hf-beit")
     own = dict(ours.named_parameters())
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         expected = peer_answer(peer, batch).logits
-        for name, tensor in theirs.items():
+        for name in theirs:
             kept = own[name].clone()
-            own[name][: len(tensor)] += torch.randn(tensor.shape, generator=generator)
+            own[name] += torch.randn(kept.shape, generator=generator)
             assert worst(our_logits(ours, batch), expected) > 1e-3, name
             own[name].copy_(kept)
         assert worst(our_logits(ours, batch), expected) <= 1e-5
 
 
 def test_tensors_of_other_modalities_do_not_reach_an_image(case):
-    kind, peer, ours, batch = case
-    theirs = mapped(dict(peer.named_parameters()), kind)
+    converted, peer, ours, batch = case
+    theirs = mapped(converted, dict(peer.named_parameters()), "hf-beit")
     with torch.no_grad():
         before = our_logits(ours, batch)
         for name, parameter in ours.named_parameters():

@@ -1,80 +1,50 @@
 """The joint pass of a pair against transformers' ViltModel, and the routing it cannot show.
 
-ViLT has one feed-forward layer where we have experts, so all our experts are tied to it. Its type
-embeddings are folded: the image's into patch bias, [I_CLS] and mask vector, the text's into the
-bias of the LayerNorm that ViLT has after its text embedding and we have not (the test applies it).
-Its key bias is dropped: softmax cancels it. ViLT returns image tokens in random order, so image
-states are compared as a set. Tied experts hide a wrong expert; the routing tests untie them.
+The weights come through `vlbeit convert`: ViLT's one feed-forward layer is every expert, its type
+vectors are folded, its key bias is dropped, and its words are in another order than ours. ViLT
+returns image tokens in random order, so image states are compared as a set. Tied experts hide a
+wrong expert; the routing tests untie them.
 """
-
-from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import ViltConfig, ViltModel
 
+from foreign_files import (
+    WORDS,
+    bert_ids,
+    imported,
+    mapped,
+    model_of,
+    save_peer,
+    worst,
+    write_vocabulary,
+)
 from tiny_models import fill_normal, masked_batch, random_pixels, tiny_config, tiny_model
 from vlbeit.nn.model import VLBeit
 from vlbeit.types import Modality, States
 
-LAYERS, WIDTH, VOCAB, WORDS = 3, 32, 50, 12
+LAYERS, WIDTH, TEXTS = 3, 32, 12
 
 
 def build_peer() -> ViltModel:
     peer = ViltModel(
         ViltConfig(
-            vocab_size=VOCAB,
+            vocab_size=WORDS,
             hidden_size=WIDTH,
             num_hidden_layers=LAYERS,
             num_attention_heads=4,
             intermediate_size=48,
             image_size=32,
             patch_size=8,
-            max_position_embeddings=WORDS,
+            max_position_embeddings=TEXTS,
             layer_norm_eps=1e-6,
         ),
         add_pooling_layer=False,
     )
     fill_normal(peer, seed=1)
     return peer.eval()
-
-
-def mapped(peer: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The peer's weights under our names; every expert of a layer is named."""
-    image_type = peer["embeddings.token_type_embeddings.weight"][1]
-    text = "embeddings.text_embeddings."
-    # BERT's own type embedding is one more constant added to every word before the LayerNorm.
-    word_type = peer[text + "token_type_embeddings.weight"][0]
-    ours = {
-        "image.proj.weight": peer["embeddings.patch_embeddings.projection.weight"].flatten(1),
-        "image.proj.bias": peer["embeddings.patch_embeddings.projection.bias"] + image_type,
-        "image.cls": peer["embeddings.cls_token"].flatten() + image_type,
-        "image.positions": peer["embeddings.position_embeddings"][0],
-        "text.words.weight": peer[text + "word_embeddings.weight"] + word_type,
-        "text.positions": peer[text + "position_embeddings.weight"],
-        "backbone.norm.weight": peer["layernorm.weight"],
-        "backbone.norm.bias": peer["layernorm.bias"],
-    }
-    for layer in range(LAYERS):
-        theirs, mine = f"encoder.layer.{layer}.", f"backbone.blocks.{layer}."
-        ours[mine + "attention.qkv.weight"] = torch.cat(
-            [peer[f"{theirs}attention.attention.{p}.weight"] for p in ("query", "key", "value")]
-        )
-        for here, there in {
-            "attention.q_bias": "attention.attention.query.bias",
-            "attention.v_bias": "attention.attention.value.bias",
-            "attention.proj.weight": "attention.output.dense.weight",
-            "attention.proj.bias": "attention.output.dense.bias",
-            "norm1.weight": "layernorm_before.weight",
-            "norm1.bias": "layernorm_before.bias",
-        }.items():
-            ours[mine + here] = peer[theirs + there]
-        for expert in ("v", "l", "vl"):
-            for here, there in EXPERT.items():
-                ours[f"{mine}experts.{expert}.{here}"] = peer[theirs + there]
-    return ours
 
 
 EXPERT = {
@@ -88,32 +58,21 @@ EXPERT = {
 
 
 @pytest.fixture(params=[0, 2, LAYERS], ids="vl_layers={}".format)
-def case(request):
+def case(request, tmp_path):
     peer = build_peer()
-    model = VLBeit(tiny_config(layers=LAYERS, vl_layers=request.param, layer_scale=0.0))
-    fill_normal(model, seed=2)
-    weights = mapped(dict(peer.named_parameters()))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
-    batch = masked_batch("pair", 2, lengths=(9, 6))
-    return peer, model, batch
+    write_vocabulary(save_peer(peer, tmp_path))
+    converted = imported("hf-vilt", tmp_path, vl_layers=request.param)
+    batch = masked_batch("pair", 2, lengths=(9, 6), config=tiny_config(vocab=WORDS))
+    return peer, model_of(converted), batch, converted
 
 
-def our_states(model: VLBeit, peer: ViltModel, batch) -> States:
-    """Our pair, with the LayerNorm that ViLT puts after the text embedding."""
-    states = model.embed_pair(batch.words, batch.word_valid, batch.pixels)
-    norm = peer.embeddings.text_embeddings.LayerNorm
-    bias = norm.bias + peer.embeddings.token_type_embeddings.weight[0]
-    width = batch.words.shape[1]
-    text = F.layer_norm(states.x[:, :width], (WIDTH,), norm.weight, bias, norm.eps)
-    return replace(states, x=torch.cat((text, states.x[:, width:]), dim=1))
+def our_states(model: VLBeit, batch) -> States:
+    return model.embed_pair(batch.words, batch.word_valid, batch.pixels)
 
 
 def peer_states(peer: ViltModel, batch) -> Tensor:
     return peer(
-        input_ids=batch.words,
+        input_ids=bert_ids(batch.words),
         attention_mask=batch.word_valid.long(),
         pixel_values=batch.pixels.float() / 127.5 - 1,
     ).last_hidden_state
@@ -124,15 +83,11 @@ def nearest(mine: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
     return (mine[:, :, None] - theirs[:, None]).abs().amax(dim=-1).min(dim=-1)
 
 
-def worst(a: Tensor, b: Tensor) -> float:
-    return (a - b).abs().max().item()
-
-
 def test_text_states_agree_exactly_and_image_states_as_a_set(case):
-    peer, model, batch = case
+    peer, model, batch, _ = case
     width, valid = batch.words.shape[1], batch.word_valid
     with torch.no_grad():
-        mine = model.backbone(our_states(model, peer, batch))
+        mine = model.backbone(our_states(model, batch))
         theirs = peer_states(peer, batch)
     assert not valid.all(), "a test without padding would prove too little"
     assert worst(mine[:, :width][valid], theirs[:, :width][valid]) <= 1e-5
@@ -151,16 +106,20 @@ def summed(states: Tensor, valid: Tensor) -> Tensor:
 
 
 def test_gradients_of_shared_tensors_agree_with_the_peer(case):
-    peer, model, batch = case
+    peer, model, batch, converted = case
     summed(peer_states(peer, batch), batch.word_valid).backward()
-    summed(model.backbone(our_states(model, peer, batch)), batch.word_valid).backward()
-    theirs = mapped({n: p.grad for n, p in peer.named_parameters() if p.grad is not None})
+    summed(model.backbone(our_states(model, batch)), batch.word_valid).backward()
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in peer.named_parameters()
+    }
+    theirs = mapped(converted, gradients, "hf-vilt")
     mine = dict(model.named_parameters())
     compared = 0
     for name, wanted in theirs.items():
         if ".experts." in name:
             continue  # summed over the experts below
-        if name in ("image.proj.bias", "image.cls", "text.words.weight"):
+        if name in ("image.proj.bias", "image.cls", "text.words.weight", "text.norm.bias"):
             continue  # a type embedding was folded into them: its gradient is not theirs
         scale = wanted.abs().max().item()
         assert worst(mine[name].grad, wanted) <= 1e-4 * scale + 1e-7, name
@@ -176,14 +135,15 @@ def test_gradients_of_shared_tensors_agree_with_the_peer(case):
 
 
 def test_disturbing_any_mapped_tensor_breaks_the_agreement(case):
-    peer, model, batch = case
+    peer, model, batch, converted = case
     width, valid = batch.words.shape[1], batch.word_valid
-    used = [name for name in mapped(dict(peer.named_parameters())) if in_joint_pass(model, name)]
+    rules = mapped(converted, dict(peer.named_parameters()), "hf-vilt")
+    used = [name for name in rules if in_joint_pass(model, name)]
     own = dict(model.named_parameters())
     generator = torch.Generator().manual_seed(4)
 
     def disagreement() -> float:
-        mine = model.backbone(our_states(model, peer, batch))
+        mine = model.backbone(our_states(model, batch))
         text = worst(mine[:, :width][valid], theirs[:, :width][valid])
         return max(text, nearest(mine[:, width:], theirs[:, width:])[0].max().item())
 

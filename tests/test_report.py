@@ -206,6 +206,15 @@ def test_a_run_without_codes_has_a_page_too(tmp_path):
     assert "Visual tokenizer" not in out.read_text()
 
 
+def test_codes_without_pictures_are_counted_and_not_drawn(tmp_path):
+    run = tiny_run(write_world(tmp_path))
+    drawn = write_report(tmp_path, evaluate_run(run), tmp_path / "drawn.html", run=run).read_text()
+    run.visual.draws, run.visual.decode = False, None
+    plain = write_report(tmp_path, evaluate_run(run), tmp_path / "plain.html", run=run).read_text()
+    assert "How often each code is used" in plain
+    assert "their codes decode to" in drawn and "their codes decode to" not in plain
+
+
 # --- what it says --------------------------------------------------------------------------------
 
 

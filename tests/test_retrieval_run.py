@@ -13,13 +13,14 @@ import torch
 from tiny_run import grey_png
 from toy_run import losses, rows
 from toy_tasks import ASK, write_start
-from vlbeit.checkpoint import find_checkpoint, list_checkpoints, read_json
+from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.cli import main
 from vlbeit.config import RetrievalConfig, RetrievalRun, TextTokenizerConfig
 from vlbeit.data.dataset import Dataset, SourceInfo
 from vlbeit.data.records import write_shards
 from vlbeit.errors import ConfigError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
+from vlbeit.jsonfile import read_json
 from vlbeit.recipes import FINETUNE
 from vlbeit.tokens.text import train_text_tokenizer
 from vlbeit.train.finetune import check_shares, finetune

@@ -25,13 +25,14 @@ from tiny_tasks import (
     write_tasks,
 )
 from toy_run import losses, rows
-from vlbeit.checkpoint import find_checkpoint, list_checkpoints, read_json
+from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.config import finetune_config, to_dict
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample
 from vlbeit.data.task_stream import open_task
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.downstream import evaluate_task, load_task_run
+from vlbeit.jsonfile import read_json
 from vlbeit.recipes import FINETUNE
 from vlbeit.tasks import TASKS, learn_facts, reached
 from vlbeit.types import Score

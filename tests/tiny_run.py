@@ -90,6 +90,7 @@ class Shades:
     """A visual tokenizer that needs no training: the code is the mean brightness of a patch."""
 
     codes, patch, image_size, digest = 16, 8, (32, 32), "0" * 64
+    draws = True
     facts: dict[str, object] = {}
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -31,8 +31,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.config import digest as config_digest
-from vlbeit.errors import InputError, SaveError
+from vlbeit.errors import ConfigError, InputError, SaveError
+from vlbeit.jsonfile import read_json
 from vlbeit.tensorfile import read_tensors, tensor_bytes, write_tensors
 
 FORMAT = "vlbeit-checkpoint"
@@ -48,11 +50,11 @@ VISUAL_TOKENIZER = "visual"
 TASK_FILE = "task.json"
 """What a task learned from its training data beside weights: class names, the answer list."""
 
+HUB_KEYS = ("model_type", "architectures", "task_facts")
+"""In config.json of a checkpoint that was exported for the hub, beside the settings of the run."""
+
 SMALL_FILES = 64 << 10
 """Bytes allowed for headers, JSON files and the unused ends of disk blocks."""
-
-MAX_JSON = 256 << 20
-"""Bytes of a JSON file that is read into memory."""
 
 FAULT_POINTS = (
     "before_temp",
@@ -236,6 +238,89 @@ def save_checkpoint(
     _purge(run_dir, step, keep, log)
     _fault("after")
     return folder
+
+
+def copy_checkpoint(
+    source: Checkpoint,
+    out: Path,
+    *,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    files: Mapping[str, bytes],
+) -> Path:
+    """A checkpoint to hand on: without the optimizer's state, with config.json, state.json and
+    more files in place of its own, and a manifest of its own. Written aside, then renamed.
+
+    Args:
+        config: with the keys of `HUB_KEYS` too; they are no settings.
+        state: `step`, and what else may be known.
+        files: contents by name.
+
+    Raises:
+        InputError: a file of the source is not what its manifest says.
+        ConfigError: `out` exists and holds no checkpoint.
+        SaveError: `out` cannot be written.
+    """
+    if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
+        raise ConfigError(f"{out}: holds something else; choose a folder that does not exist")
+    temporary = out.with_name(_TEMPORARY + out.name)
+    replaced = {"config.json": _json_bytes(config), "state.json": _json_bytes(state), **files}
+    written: dict[str, dict[str, Any]] = {}
+    needed = sum(f["size"] for name, f in source.manifest["files"].items() if name != OPTIMIZER)
+    with _translated(out, needed + SMALL_FILES):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            for name, wanted in source.manifest["files"].items():
+                if name == OPTIMIZER or name in replaced:
+                    continue
+                if _found(source.folder, name).get("found_sha256") != wanted["sha256"]:
+                    raise InputError(
+                        f"{source.folder / name}: is not what the manifest says; see "
+                        f"`vlbeit verify {source.folder}`"
+                    )
+                (temporary / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source.folder / name, temporary / name)
+                written[name] = _digest_of(temporary / name)
+            for name, content in replaced.items():
+                written[name] = _write(temporary / name, content)
+            manifest = {
+                **{key: value for key, value in source.manifest.items() if key != "digest"},
+                "config_digest": config_digest(_settings(config)),
+                "files": written,
+            }
+            _write(temporary / MANIFEST, _manifest_bytes(manifest))
+            for name in (*written, MANIFEST):
+                _sync(temporary / name)
+            _put_in_place(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return out
+
+
+SQUASHED = "bicubic, squashed to image_size"
+
+
+def preprocessing(
+    config: PretrainConfig | FinetuneConfig, resize: str = SQUASHED
+) -> dict[str, Any]:
+    """preprocessor.json: what somebody needs beside the weights to feed the model.
+
+    Args:
+        resize: how a picture that is not augmented gets the model's size, in words.
+    """
+    found = {
+        "image_size": list(config.model.image_size),
+        "patch": config.model.patch,
+        "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
+        "resize": resize,
+        "text_length": config.input.text_length,
+    }
+    if isinstance(config, PretrainConfig):
+        found["pair_text_length"] = config.input.pair_text_length
+    return found
 
 
 def check_space(run_dir: Path, needed: int) -> None:
@@ -440,28 +525,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         folder=folder,
         step=manifest["step"],
         state=read_json(folder / "state.json"),
-        config=read_json(folder / "config.json"),
+        config=_settings(read_json(folder / "config.json")),
         manifest=manifest,
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        InputError: missing, too large, or not a JSON object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise InputError(f"{path}: {path.stat().st_size} bytes, the limit is {MAX_JSON}")
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+def _settings(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in tree.items() if key not in HUB_KEYS}
 
 
 def verify_checkpoint(folder: Path) -> dict[str, Any]:

@@ -51,6 +51,10 @@ VERBS: dict[str, Verb] = {
         "train a pretrained model for a task: vqa statements retrieval classification ...",
         "vlbeit.cli:finetune",
     ),
+    "convert": Verb(
+        "weights of BEiT, VLMo and others in and out, with an account of every tensor",
+        "vlbeit.convert.cli:main",
+    ),
     "eval": Verb(
         "held-out loss and accuracy of a run, and what the picture adds to the text",
         "vlbeit.eval.cli:main",
@@ -74,6 +78,10 @@ VERBS: dict[str, Verb] = {
     "report": Verb(
         "one page about a run: curves, filled-in words and patches, tables",
         "vlbeit.eval.report:main",
+    ),
+    "export": Verb(
+        "write a run as a folder for the Hugging Face hub, with its model card: hf",
+        "vlbeit.serve.export_hf:main",
     ),
     "bench": Verb(
         "time a pretraining step, the data loading or the server on this machine",

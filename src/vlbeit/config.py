@@ -49,6 +49,9 @@ class ModelConfig:
     drop_path: float = 0.1
     """Stochastic depth at the last block; rises linearly from 0 at the first."""
     norm_eps: float = 1e-6
+    text_norm_eps: float = 0.0
+    """eps of a LayerNorm after word and position vectors of a text (BERT, ViLT, VLMo base-plus);
+    0 builds the model without it, as the paper."""
     init_std: float = 0.02
     """Standard deviation of fresh weights (BEiT). It is made for a width of 768; `tiny`, 128
     wide, takes 0.05."""
@@ -392,6 +395,9 @@ class SegmentationConfig:
     scale: tuple[float, float] = (0.5, 2.0)
     """Size of a training picture before it is cut, uniform in this range; at 1 its shorter side is
     that of the crop."""
+    taps: tuple[int, ...] = ()
+    """The four blocks (1 = the first) after which the head reads the trunk; none: after a third, a
+    half, two thirds and all of them (BEiT: 4, 6, 8, 12)."""
     max_share: float = 0.75
     """A crop of which one class takes more than this share is drawn again, at most ten times;
     1: never."""

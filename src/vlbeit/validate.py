@@ -37,6 +37,10 @@ def validate_model(model: ModelConfig) -> None:
     check_spread("model.init_std", model.init_std)
     check_spread("model.position_std", model.position_std)
     require(model.layer_scale >= 0, f"model.layer_scale must be >= 0, found {model.layer_scale}")
+    require(
+        0 <= model.text_norm_eps < 1,
+        f"model.text_norm_eps must be in [0, 1), found {model.text_norm_eps}",
+    )
 
 
 def check_spread(name: str, std: float) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vlbeit.checkpoint import TASK_FILE, Checkpoint, read_json
+from vlbeit.checkpoint import TASK_FILE, Checkpoint
 from vlbeit.config import FinetuneConfig, finetune_config, from_dict
 from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample
@@ -22,6 +22,7 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.bootstrap import BLOCK, RESAMPLES, Estimate, resample_counts
 from vlbeit.eval.confusion import confusion_of
 from vlbeit.eval.heldout import EVAL_SEED, batches_of, visits_of
+from vlbeit.jsonfile import read_json
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import Figure, Task, build_task
 from vlbeit.tokens.text import TextTokenizer

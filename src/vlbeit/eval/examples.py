@@ -65,7 +65,7 @@ def pair_examples(run: LoadedRun, stream: PretrainingStream, count: int) -> list
                 words.append(Word(text, starts))
         caption = run.text.decode(ids.tolist())
         fillings: list[FilledPatches | None] = [None, None]
-        if run.visual is not None:
+        if run.visual is not None and run.visual.draws:
             fillings = [
                 guess_patches(run, sample.pixels, sample.patch_masked, given)
                 for given in (ids, None)

@@ -578,16 +578,22 @@ def tokenizer_part(run: LoadedRun, streams: Mapping[Any, Any]) -> list[str]:
     perplexity = float(np.exp(-(shares[shares > 0] * np.log(shares[shares > 0])).sum()))
     height, width = shown.shape[-2] // run.visual.patch, shown.shape[-1] // run.visual.patch
     places = torch.linspace(0, len(shown) - 1, min(DECODED, len(shown))).long()
-    decoded = run.visual.decode(codes[places].view(len(places), height, width))
 
     def hwc(images: torch.Tensor) -> list[np.ndarray]:
         return list(images.permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
-    pairs = "".join(
-        f"<figure>{picture(original, f'held-out picture {i + 1}')}"
-        f"{picture(again, f'picture {i + 1} decoded from its {height * width} codes')}</figure>"
-        for i, (original, again) in enumerate(zip(hwc(shown[places]), hwc(decoded), strict=True))
-    )
+    decoded = ""
+    if run.visual.draws:
+        drawn = hwc(run.visual.decode(codes[places].view(len(places), height, width)))
+        pairs = "".join(
+            f"<figure>{picture(original, f'held-out picture {i + 1}')}"
+            f"{picture(again, f'picture {i + 1} decoded from its {height * width} codes')}</figure>"
+            for i, (original, again) in enumerate(zip(hwc(shown[places]), drawn, strict=True))
+        )
+        decoded = (
+            '<figure class="panel"><h3>Pictures and what their codes decode to</h3>'
+            f'<div class="codes">{pairs}</div></figure>'
+        )
     text = (
         f"The visual tokenizer turns a picture into {height} x {width} codes out of "
         f"{run.visual.codes}; they are what the model predicts for hidden patches. On "
@@ -603,8 +609,7 @@ def tokenizer_part(run: LoadedRun, streams: Mapping[Any, Any]) -> list[str]:
             '<div class="grid">'
             f'<figure class="panel"><h3>How often each code is used</h3>'
             f"{share_chart(label, shares)}{key([('level', 'equal use of all codes')])}</figure>"
-            '<figure class="panel"><h3>Pictures and what their codes decode to</h3>'
-            f'<div class="codes">{pairs}</div></figure></div>',
+            f"{decoded}</div>",
         )
     ]
 

@@ -63,13 +63,19 @@ def to_patches(pixels: Tensor, patch: int) -> Tensor:
 
 
 class TextEmbed(nn.Module):
-    """[T_CLS, w_1 .. w_M, T_SEP] + positions (paper section 2.1); the specials are in the ids."""
+    """[T_CLS, w_1 .. w_M, T_SEP] + positions (paper section 2.1); the specials are in the ids.
 
-    def __init__(self, width: int, vocab: int, positions: int, absolute: bool = True) -> None:
+    With `norm_eps` a LayerNorm follows, as in BERT, ViLT and VLMo base-plus; the paper has none.
+    """
+
+    def __init__(
+        self, width: int, vocab: int, positions: int, absolute: bool = True, norm_eps: float = 0.0
+    ) -> None:
         super().__init__()
         self.longest = positions
         self.words = nn.Embedding(vocab, width)
         self.positions = nn.Parameter(torch.zeros(positions, width)) if absolute else None
+        self.norm = nn.LayerNorm(width, eps=norm_eps) if norm_eps else None
 
     def forward(self, words: Tensor) -> Tensor:
         """(B, W) int64 -> (B, W, D)."""
@@ -77,4 +83,6 @@ class TextEmbed(nn.Module):
         if length > self.longest:
             raise ValueError(f"text of {length} tokens, the position table has {self.longest}")
         x: Tensor = self.words(words)
-        return x if self.positions is None else x + self.positions[:length]
+        if self.positions is not None:
+            x = x + self.positions[:length]
+        return x if self.norm is None else self.norm(x)

@@ -1,20 +1,27 @@
 """VLBeit: embeddings, backbone and the two heads shared by all objectives."""
 
 import json
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vlbeit.config import ModelConfig, from_dict
-from vlbeit.errors import InputError
+from vlbeit import hub
+from vlbeit.config import ModelConfig, from_dict, to_dict
+from vlbeit.errors import ConfigError, InputError, SaveError
+from vlbeit.jsonfile import read_json
+from vlbeit.modelcard import CardFacts, write_card
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import ImageEmbed, TextEmbed
 from vlbeit.nn.positions import RelativeBias
 from vlbeit.nn.weights import initialise
+from vlbeit.tensorfile import read_header, read_tensors, write_tensors
 from vlbeit.types import Modality, Span, States
+
+HEADS = ("heads.", "task.")
+"""What the names of tensors begin with that do not belong to the trunk."""
 
 
 class VLBeit(nn.Module):
@@ -24,12 +31,18 @@ class VLBeit(nn.Module):
     visual codes ("mim"). A pair is [text ; image] (paper section 2.1). There is no other forward.
     """
 
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, seed: int | None = 0) -> None:
+        """
+        Args:
+            seed: of the fresh weights; None leaves them unfilled, for weights from a file.
+        """
         super().__init__()
         self.config = config
         absolute = config.absolute_positions
         self.image = ImageEmbed(config.width, config.patch, config.image_size, absolute)
-        self.text = TextEmbed(config.width, config.vocab, config.text_positions, absolute)
+        self.text = TextEmbed(
+            config.width, config.vocab, config.text_positions, absolute, config.text_norm_eps
+        )
         relative = None
         if config.relative_bias != "none":
             relative = RelativeBias(
@@ -57,7 +70,8 @@ class VLBeit(nn.Module):
             }
         )
         self.task: nn.Module | None = None
-        initialise(self, seed, config.init_std, config.position_std)
+        if seed is not None:
+            initialise(self, seed, config.init_std, config.position_std)
 
     def put_on(self, head: nn.Module) -> "VLBeit":
         """The same model with a task's head (its tensors are named task.*) for the two heads of
@@ -103,34 +117,156 @@ class VLBeit(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "VLBeit":
-        """The model of a checkpoint folder (config.json, model.safetensors), on the CPU.
+    def from_pretrained(
+        cls,
+        place: str | Path,
+        *,
+        trunk_only: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> "VLBeit":
+        """The model of a folder with config.json and model.safetensors, on the CPU, in float32.
+
+        Such a folder is a checkpoint of a run, what `save_pretrained` or `vlbeit export hf`
+        wrote, or a repository of the hub (NAMESPACE/NAME) with those files. Nothing else is read:
+        never a pickle, never code. Shapes are compared before memory is taken.
+
+        Args:
+            trunk_only: leave out heads, those of pretraining and of a task: embeddings and
+                backbone alone.
+            revision, token, cache_dir, force_download, local_files_only: see `hub.local_folder`.
 
         Raises:
-            InputError: a file is missing, or tensors are missing, extra or of another shape.
+            InputError: nothing there, a file is missing or damaged, tensors are missing, extra or
+                of another shape, or the model is fine-tuned (its head comes with `vlbeit.load`).
+            UnsafeError: weights as a pickle only, or beyond the limits of `tensorfile`.
         """
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
+        folder = hub.local_folder(
+            place,
+            wanted=(hub.CONFIG, hub.MODEL),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        for name in (hub.CONFIG, hub.MODEL):
             if not (folder / name).is_file():
                 raise InputError(f"{folder}: no {name}; expected a checkpoint folder")
-        tree: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        model = cls(from_dict(ModelConfig, tree["model"]))
-        model.load_tensors(load_file(folder / "model.safetensors"), str(folder))
-        return model
+        tree = read_json(folder / hub.CONFIG)
+        if not isinstance(tree.get("model"), dict):
+            raise InputError(
+                f'{folder / hub.CONFIG}: no settings under "model"; it is not of a VL-BEiT'
+                + (f" but of {tree['model_type']!r}" if "model_type" in tree else "")
+            )
+        try:
+            config = from_dict(ModelConfig, tree["model"])
+        except ConfigError as error:
+            raise InputError(f"{folder / hub.CONFIG}: model: {error}") from None
+        shapes = {n: info.shape for n, info in read_header(folder / hub.MODEL).items()}
+        if not trunk_only and any(name.startswith("task.") for name in shapes):
+            raise InputError(
+                f"{folder}: fine-tuned for {tree.get('task', 'a task')}; vlbeit.load(folder) reads "
+                "it with its head (.model is the network), trunk_only=True without"
+            )
+        if config.layers > len(shapes):
+            raise InputError(
+                f"{folder}: config.json asks for {config.layers} layers, {hub.MODEL} holds "
+                f"{len(shapes)} tensors"
+            )
+        with torch.device("meta"):
+            model = cls(config, seed=None)
+        if trunk_only:
+            model.heads = nn.ModuleDict()
+            shapes = {n: s for n, s in shapes.items() if not n.startswith(HEADS)}
+        model.check_fit(shapes, str(folder))
+        tensors = read_tensors(folder / hub.MODEL)
+        model.load_state_dict({name: tensors[name].float() for name in shapes}, assign=True)
+        return model.eval()
 
-    def load_tensors(self, tensors: dict[str, Tensor], origin: str) -> None:
-        """Copy tensors in, strictly: all names and shapes must agree, or InputError lists them."""
-        own = self.state_dict()
-        problems = [f"missing {name}" for name in own if name not in tensors]
-        problems += [f"unknown {name}" for name in tensors if name not in own]
+    def save_pretrained(self, folder: str | Path, *, card: str = "") -> Path:
+        """Write config.json, model.safetensors and README.md, which `from_pretrained` reads.
+
+        For the whole of a run, with tokenizers and the measured facts: `vlbeit export hf`.
+
+        Args:
+            card: README.md; "": what the model itself knows. One that is there is kept.
+
+        Raises:
+            ConfigError: a fine-tuned model, whose head belongs to its run's settings.
+            SaveError: the folder cannot be written.
+        """
+        if self.task is not None:
+            raise ConfigError(
+                "save_pretrained: this model has a task's head, which nothing but its run can "
+                "build again; use `vlbeit export hf RUN OUT`"
+            )
+        folder = Path(folder)
+        tree = {"model_type": hub.MODEL_TYPE, "model": to_dict(self.config)}
+        aside = folder / f".{hub.MODEL}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            aside.unlink(missing_ok=True)
+            write_tensors(aside, self.state_dict())
+            (folder / hub.CONFIG).write_text(json.dumps(tree, indent=1) + "\n")
+            if card or not (folder / hub.CARD).exists():
+                parameters = sum(p.numel() for p in self.parameters())
+                text = card or write_card(CardFacts(model=self.config, parameters=parameters))
+                (folder / hub.CARD).write_text(text, encoding="utf-8")
+            aside.replace(folder / hub.MODEL)
+        except OSError as error:
+            aside.unlink(missing_ok=True)
+            raise SaveError(f"{folder}: cannot be written ({error.strerror})") from None
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        card: str = "",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload by vlbeit",
+    ) -> str:
+        """`save_pretrained` into a hub repository; returns the address of the commit.
+
+        Raises:
+            ConfigError: a fine-tuned model, or `repo_id` is not NAMESPACE/NAME.
+            SaveError: the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as made:
+            return hub.upload(
+                self.save_pretrained(Path(made) / "model", card=card),
+                repo_id,
+                private=private,
+                token=token,
+                branch=branch,
+                create_pr=create_pr,
+                message=commit_message,
+            )
+
+    def check_fit(self, shapes: Mapping[str, Sequence[int]], origin: str) -> None:
+        """Raise InputError with every name that is missing or unknown and every other shape."""
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        problems = [f"missing {name}" for name in own if name not in shapes]
+        problems += [f"unknown {name}" for name in shapes if name not in own]
         problems += [
-            f"{name} is {tuple(tensors[name].shape)}, the model has {tuple(own[name].shape)}"
+            f"{name} is {tuple(shapes[name])}, the model has {own[name]}"
             for name in own
-            if name in tensors and tensors[name].shape != own[name].shape
+            if name in shapes and tuple(shapes[name]) != own[name]
         ]
         if problems:
             shown = "; ".join(problems[:10]) + (
                 f"; and {len(problems) - 10} more" * (len(problems) > 10)
             )
             raise InputError(f"{origin}: weights do not fit the model: {shown}")
+
+    def load_tensors(self, tensors: dict[str, Tensor], origin: str) -> None:
+        """Copy tensors in, strictly: all names and shapes must agree, or InputError lists them."""
+        self.check_fit({name: tensor.shape for name, tensor in tensors.items()}, origin)
         self.load_state_dict(tensors)

@@ -1,6 +1,7 @@
 """Initialisation as BEiT's (paper section 3.1)."""
 
 import math
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ BEIT_STD = 0.02
 
 
 def initialise(
-    module: nn.Module, seed: int, std: float = BEIT_STD, position_std: float = BEIT_STD
+    module: nn.Module,
+    seed: int,
+    std: float = BEIT_STD,
+    position_std: float = BEIT_STD,
+    only: Container[str] | None = None,
 ) -> None:
     """Fill every parameter in place, the same for the same seed.
 
@@ -21,6 +26,9 @@ def initialise(
     and 0, LayerScale and relative bias as built. Then the attention projection and every expert's
     second layer of block l (from 1) are divided by sqrt(2 l). Each parameter has its own stream,
     keyed by its name: adding one changes no other.
+
+    Args:
+        only: names of the parameters to fill (those that no file has); None: all.
     """
     norms = {
         id(p)
@@ -33,18 +41,23 @@ def initialise(
             leaf = name.rsplit(".", 1)[-1]
             if id(parameter) in norms or leaf in ("gamma_1", "gamma_2", "table"):
                 continue
+            if only is not None and name not in only:
+                continue
             if leaf.endswith("bias"):
                 parameter.zero_()
             else:
                 spread = position_std if name.endswith("image.positions") else std
                 truncated_normal(parameter, spread, key_of(seed, "init", name))
         depth = 0
-        for part in module.modules():
+        for path, part in module.named_modules():
             if isinstance(part, Block):
                 depth += 1
-                part.attention.proj.weight.div_(math.sqrt(2 * depth))
-                for expert in part.experts.values():
-                    expert.fc2.weight.div_(math.sqrt(2 * depth))  # type: ignore[union-attr, operator]
+                last = {"attention.proj.weight": part.attention.proj.weight}
+                for kind, expert in part.experts.items():
+                    last[f"experts.{kind}.fc2.weight"] = expert.fc2.weight  # type: ignore[union-attr, assignment]
+                for name, weight in last.items():
+                    if only is None or f"{path}.{name}" in only:
+                        weight.div_(math.sqrt(2 * depth))
 
 
 def truncated_normal(tensor: Tensor, std: float, key: int) -> None:

@@ -211,7 +211,8 @@ class Segmentation:
         """The head's maps of scores. Shapes: pixels (B, 3, height, width), multiples of the patch;
         draws (B, 2 * layers)."""
         states = model.embed_image(pixels, depth_draws=draws)
-        taps = model.backbone.taps(states, tap_layers(len(model.backbone.blocks)))
+        layers = self.settings.taps or tap_layers(len(model.backbone.blocks))
+        taps = model.backbone.taps(states, layers)
         found: dict[str, Tensor] = head(taps, model.image.grid(pixels), both)
         return found
 
@@ -385,6 +386,15 @@ def check(config: SegmentationRun) -> None:
                 f"segmentation.{name} must be a multiple of {GROUP_CHANNELS} (segmentation.norm "
                 f"group), found {getattr(given, name)}"
             )
+    if given.taps and not (
+        len(given.taps) == 4
+        and list(given.taps) == sorted(given.taps)
+        and 1 <= given.taps[0] <= given.taps[-1] <= model.layers
+    ):
+        raise ConfigError(
+            f"segmentation.taps must be four blocks of 1..{model.layers} (model.layers) in rising "
+            f"order, found {given.taps}"
+        )
     if given.auxiliary < 0:
         raise ConfigError(f"segmentation.auxiliary must be at least 0, found {given.auxiliary}")
     low, high = given.scale

@@ -1,6 +1,7 @@
 """What the rest of the system knows of a visual tokenizer: pictures to codes, codes to pictures."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,10 +10,15 @@ from torch import Tensor
 
 from vlbeit.errors import InputError
 from vlbeit.tensorfile import refuse_pickle
-from vlbeit.tokens.vqkd import CONFIG_FILE, FORMAT, VERSION, VQKDTokenizer
+from vlbeit.tokens.imported import ImportedTokenizer
+from vlbeit.tokens.tokenizer_folder import CONFIG_FILE, FORMAT, VERSION
+from vlbeit.tokens.vqkd import VQKDTokenizer
 
-KINDS = {VQKDTokenizer.kind: VQKDTokenizer.load}
-"""Loaders by the `kind` in config.json; an imported tokenizer adds its own."""
+KINDS: dict[str, Callable[[Path, dict[str, Any]], "VisualTokenizer"]] = {
+    VQKDTokenizer.kind: VQKDTokenizer.load,
+    ImportedTokenizer.kind: ImportedTokenizer.load,
+}
+"""Loaders by the `kind` in config.json."""
 
 
 class VisualTokenizer(Protocol):
@@ -22,6 +28,7 @@ class VisualTokenizer(Protocol):
     patch       side of a patch in pixels; a picture has (H / patch) * (W / patch) codes
     image_size  height and width it was trained at; other sizes work
     digest      sha256 of weights and sizes, in hexadecimal
+    draws       whether `decode` has pictures; of an imported tokenizer they are optional
     facts       free: how it was made, how its codes are used
     """
 
@@ -29,6 +36,7 @@ class VisualTokenizer(Protocol):
     patch: int
     image_size: tuple[int, int]
     digest: str
+    draws: bool
     facts: dict[str, Any]
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -64,7 +72,7 @@ def load_visual_tokenizer(folder: Path | str) -> VisualTokenizer:
     except OSError as error:
         raise InputError(
             f"{path}: cannot be read ({error.strerror}); a visual tokenizer is a folder made by "
-            "`vlbeit tokenizer train-visual`"
+            "`vlbeit tokenizer train-visual` or `vlbeit tokenizer import`"
         ) from None
     except ValueError:
         raise InputError(f"{path}: is not JSON; copy or train the tokenizer again") from None

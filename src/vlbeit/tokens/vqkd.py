@@ -10,10 +10,6 @@ picture itself in [-1, 1], not normalised per patch: a code must tell red from b
 do.
 """
 
-import hashlib
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +22,17 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import ImageEmbed, to_patches
 from vlbeit.nn.positions import resize_grid
-from vlbeit.tensorfile import read_tensors, write_tensors
 from vlbeit.tokens.quantizer import CosineCodebook, Quantized
+from vlbeit.tokens.tokenizer_folder import (
+    CONFIG_FILE,
+    check_digest,
+    fill_from_folder,
+    save_tokenizer_folder,
+    tokenizer_digest,
+)
 from vlbeit.types import Modality, Span, States
 
-FORMAT = "vlbeit-visual-tokenizer"
-VERSION = 1
 KIND = "vqkd"
-CONFIG_FILE, TENSOR_FILE = "config.json", "model.safetensors"
 ENCODE_IMAGES = 256
 """Pictures encoded at a time."""
 
@@ -78,7 +77,7 @@ class CodeDecoder(nn.Module):
         x = torch.cat((self.cls.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
         places = resize_grid(self.positions[1:], self.native_grid, grid)
         x = x + torch.cat((self.positions[:1], places))
-        out: Tensor = self.head(_image_states(self.backbone, x, grid))
+        out: Tensor = self.head(image_states(self.backbone, x, grid))
         return out
 
 
@@ -109,7 +108,7 @@ class VQKD(nn.Module):
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, P, C), before the codebook makes them unit vectors."""
         grid = self.image.grid(pixels)
-        out: Tensor = self.to_code(_image_states(self.encoder, self.image(pixels), grid))
+        out: Tensor = self.to_code(image_states(self.encoder, self.image(pixels), grid))
         return out
 
     def forward(
@@ -165,6 +164,7 @@ class VQKDTokenizer:
     """
 
     kind = KIND
+    draws = True
 
     def __init__(self, model: VQKD, facts: dict[str, Any] | None = None) -> None:
         model.features = None
@@ -218,27 +218,14 @@ class VQKDTokenizer:
 
     def save(self, folder: Path | str) -> Path:
         """Write config.json and model.safetensors into the folder, all or nothing."""
-        folder = Path(folder)
-        aside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write_tensors(aside / TENSOR_FILE, self._model.state_dict())
-        tree = {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": KIND,
-            "digest": self.digest,
-            "config": to_dict(self.config),
-            "facts": self.facts,
-        }
-        (aside / CONFIG_FILE).write_text(json.dumps(tree, indent=1, sort_keys=True))
-        for file in aside.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        aside.replace(folder)
-        return folder
+        return save_tokenizer_folder(
+            folder,
+            kind=KIND,
+            digest=self.digest,
+            tensors=self._model.state_dict(),
+            config=to_dict(self.config),
+            facts=self.facts,
+        )
 
     @classmethod
     def load(cls, folder: Path, tree: dict[str, Any]) -> "VQKDTokenizer":
@@ -251,25 +238,11 @@ class VQKDTokenizer:
             config = from_dict(VisualTokenizerConfig, tree.get("config", {}))
         except ConfigError as error:
             raise InputError(f"{folder / CONFIG_FILE}: {error}") from None
-        tensors = read_tensors(folder / TENSOR_FILE)
         with torch.device("meta"):
             model = VQKD(config)
-        wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        differing = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
-        if differing:
-            name = differing[0]
-            raise InputError(
-                f"{folder / TENSOR_FILE}: tensor {name} is {found.get(name, 'missing')}, "
-                f"config.json asks for {wanted.get(name, 'none')} ({len(differing)} differ)"
-            )
-        model.load_state_dict(tensors, assign=True)
+        fill_from_folder(model, folder)
         tokenizer = cls(model, tree.get("facts", {}))
-        if tokenizer.digest != tree.get("digest"):
-            raise InputError(
-                f"{folder}: its weights have digest {tokenizer.digest}, config.json says "
-                f"{tree.get('digest')}; the folder was changed or damaged, copy or train it again"
-            )
+        check_digest(folder, tokenizer.digest, tree.get("digest"))
         return tokenizer
 
 
@@ -277,7 +250,7 @@ def _native_grid(config: VisualTokenizerConfig) -> tuple[int, int]:
     return config.image_size[0] // config.patch, config.image_size[1] // config.patch
 
 
-def _image_states(backbone: Backbone, x: Tensor, grid: tuple[int, int]) -> Tensor:
+def image_states(backbone: Backbone, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, P + 1, D) -> (B, P, D): through the backbone, [CLS] left out."""
     route = (Span(Modality.IMAGE, x.shape[1]),)
     out: Tensor = backbone(States(x=x, valid=None, route=route, grid=grid))
@@ -285,12 +258,6 @@ def _image_states(backbone: Backbone, x: Tensor, grid: tuple[int, int]) -> Tenso
 
 
 def _digest(model: VQKD) -> str:
-    """sha256 over what decides the codes and their pictures: settings of the sizes and tensors."""
     config = to_dict(model.config)
     sizes = {name: config[name] for name in ("image_size", "patch", "heads")}
-    sha = hashlib.sha256(json.dumps([KIND, sizes], sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        sha.update(flat.view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+    return tokenizer_digest([KIND, sizes], model.state_dict())

@@ -6,12 +6,19 @@ from pathlib import Path
 
 from torch import nn
 
-from vlbeit.checkpoint import TASK_FILE, Checkpoint, find_checkpoint, read_json
+from vlbeit.checkpoint import (
+    SQUASHED,
+    TASK_FILE,
+    Checkpoint,
+    find_checkpoint,
+    preprocessing,
+)
 from vlbeit.config import FinetuneConfig, ModelConfig, from_dict
 from vlbeit.data.records import RecordSource
 from vlbeit.data.task_stream import TaskStream, open_task, task_loader
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.downstream import TaskHeldOut
+from vlbeit.jsonfile import read_json
 from vlbeit.nn.flops import task_flops
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.transfer import transfer
@@ -21,14 +28,12 @@ from vlbeit.tokens.text import TextTokenizer
 from vlbeit.train.limit import matrix_limit
 from vlbeit.train.loop import Learning
 from vlbeit.train.opening import (
-    SQUASHED,
     Opened,
     RunningMean,
     check_same_data,
     check_same_run,
     learn,
     open_run,
-    preprocessing,
 )
 from vlbeit.train.optim import build_optimizer
 from vlbeit.types import Score, TaskBatch

@@ -25,7 +25,7 @@ from vlbeit.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from vlbeit.config import FinetuneConfig, PretrainConfig, RuntimeConfig, to_dict
+from vlbeit.config import FinetuneConfig, PretrainConfig, RuntimeConfig, from_dict, to_dict
 from vlbeit.data.loader import SkipBudget, StepLoader
 from vlbeit.data.records import RecordSource
 from vlbeit.errors import ConfigError, InputError
@@ -145,7 +145,12 @@ def check_same_run(opened: Opened, config: Any, may_change: Sequence[str] = MAY_
     checkpoint = opened.checkpoint
     if checkpoint is None:
         return
-    now, then = flat(to_dict(config)), flat(checkpoint.config)
+    try:
+        # A setting that is younger than the checkpoint had its default then.
+        before = to_dict(from_dict(type(config), checkpoint.config))
+    except ConfigError:  # one that this release does not know: it is listed below
+        before = checkpoint.config
+    now, then = flat(to_dict(config)), flat(before)
     differ = [
         f"{name} was {then.get(name)!r} and is {now.get(name)!r}"
         for name in sorted({*now, *then})
@@ -176,29 +181,6 @@ def source_facts(
 ) -> dict[str, dict[str, int]]:
     """Records by stream and source: what a resume must find again."""
     return {stream: {s.name: len(s) for s in group} for stream, group in sources.items()}
-
-
-SQUASHED = "bicubic, squashed to image_size"
-
-
-def preprocessing(
-    config: PretrainConfig | FinetuneConfig, resize: str = SQUASHED
-) -> dict[str, Any]:
-    """preprocessor.json: what somebody needs beside the weights to feed the model.
-
-    Args:
-        resize: how a picture that is not augmented gets the model's size, in words.
-    """
-    found = {
-        "image_size": list(config.model.image_size),
-        "patch": config.model.patch,
-        "pixels": "uint8 RGB / 127.5 - 1 (mean = std = 0.5)",
-        "resize": resize,
-        "text_length": config.input.text_length,
-    }
-    if isinstance(config, PretrainConfig):
-        found["pair_text_length"] = config.input.pair_text_length
-    return found
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

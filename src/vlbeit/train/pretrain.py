@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vlbeit.checkpoint import preprocessing
 from vlbeit.config import PretrainConfig
 from vlbeit.data.loader import build_loader, build_streams, open_streams
 from vlbeit.data.probe import check_sources
@@ -26,7 +27,6 @@ from vlbeit.train.opening import (
     check_same_run,
     learn,
     open_run,
-    preprocessing,
     source_facts,
     wait_for,
 )

@@ -20,13 +20,12 @@ from vlbeit.recipes import PRETRAIN
 from vlbeit.tokens.text import (
     FILE_NAME,
     TextTokenizer,
-    import_bert_vocab,
-    import_sentencepiece,
     tokenizer_facts,
     train_text_tokenizer,
 )
 from vlbeit.tokens.visual import load_visual_tokenizer
 from vlbeit.train.opening import Opened, check_same_run, open_run
+from vlbeit.train.tokenizer_import import import_tokenizer_file
 from vlbeit.train.tokenizers import all_texts
 from vlbeit.train.visual_tokenizer import Keeping, train_visual_tokenizer
 from vlbeit.types import Stream
@@ -35,7 +34,8 @@ USAGE = """usage: vlbeit tokenizer VERB ...
 
   train-text    --data DIR ... | --lines FILE ...  --out DIR [--kind --vocab --lowercase]
   train-visual  RECIPE --data DIR ... --run-dir DIR [--tokenizer.codes N ...]
-  import        FILE --out DIR     a SentencePiece .model or a BERT vocab.txt
+  import        FILE --out DIR     a SentencePiece .model, a BERT vocab.txt, or the weights of
+                                   BEiT v2's or DALL-E's visual tokenizer
   show          PATH [--text WORDS | --image FILE --out PICTURE.png] [--json]
 
 `vlbeit tokenizer VERB --help` for one of them."""
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     verbs: dict[str, Callable[[list[str]], int]] = {
         "train-text": _train_text,
         "train-visual": _train_visual,
-        "import": _import,
+        "import": import_tokenizer_file,
         "show": _show,
     }
     words = list(argv)
@@ -119,24 +119,6 @@ def _texts(folders: Sequence[str], files: Sequence[str]) -> Iterator[str]:
                 raise InputError(f"--lines {path}: cannot be read ({error.strerror})") from None
 
 
-def _import(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="vlbeit tokenizer import",
-        description=(
-            "Bring a SentencePiece Unigram .model or a BERT vocab.txt under this project's ids: "
-            "[PAD] [UNK] [T_CLS] [T_SEP] [MASK] are 0 to 4, then the file's own pieces in order."
-        ),
-    )
-    parser.add_argument("file")
-    parser.add_argument("--out", required=True, help="folder for tokenizer.json")
-    given = parser.parse_args(words)
-    path = Path(given.file)
-    tokenizer = import_bert_vocab(path) if path.suffix == ".txt" else import_sentencepiece(path)
-    written = tokenizer.save(given.out)
-    print(f"{written}: {tokenizer.kind}, {tokenizer.size} pieces, digest {tokenizer.digest}")
-    return 0
-
-
 # Show --------------------------------------------------------------------------------------------
 
 
@@ -187,6 +169,7 @@ def _show_visual(path: Path, image: str | None, out: str | None) -> dict[str, An
         "patch": tokenizer.patch,
         "image_size": list(tokenizer.image_size),
         "digest": tokenizer.digest,
+        "draws": tokenizer.draws,
         "facts": tokenizer.facts,
     }
     if out and not image:

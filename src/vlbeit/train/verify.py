@@ -169,6 +169,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "tensors": {
             name: _describe_tensors(read_header(checkpoint.folder / name))
             for name in (MODEL, OPTIMIZER)
+            if name in manifest["files"]
         },
     }
 
