@@ -371,6 +371,7 @@ def files_of(layout: str, folder) -> dict[str, Tensor]:
     return beit_tensors("classifier" if layout == "beitv2" else "pretrained")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["beit", "beitv2", "vlmo"])
 def test_one_tensor_missing_or_too_many_or_of_another_shape_is_named(tmp_path, layout):
     tensors = files_of(layout, tmp_path)

@@ -143,21 +143,24 @@ def hostile_files(folder: Path, canary: Path) -> dict[str, Path]:
 
 
 CHILD = """
-import json, resource, sys, time
+import json, re, sys, time
 from vlbeit.cli import main
 import vlbeit.convert.cli
+
+def peak():  # of this program alone: ru_maxrss begins with that of the process it came from
+    return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+
 rows = []
 for line in sys.stdin:
-    path = line.strip()
-    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    code = main(["convert", "beit", path, "--dry-run"])
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    rows.append([code, time.perf_counter() - began, after, after - before])
+    began, before = time.perf_counter(), peak()
+    code = main(["convert", "beit", line.strip(), "--dry-run"])
+    rows.append([code, time.perf_counter() - began, peak(), peak() - before])
 print(json.dumps(rows))
 """
 
 
 @pytest.mark.fault
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read there")
 def test_hostile_files_run_nothing_take_little_and_end_with_77(tmp_path):
     canary = tmp_path / "canary"
     files = hostile_files(tmp_path, canary)

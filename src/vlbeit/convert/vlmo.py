@@ -26,7 +26,7 @@ from vlbeit.convert.blocks import (
 )
 from vlbeit.convert.layouts import Found, Request
 from vlbeit.convert.pixels import PixelScaling
-from vlbeit.convert.rewriting import Drop, Plan, Rule, with_result
+from vlbeit.convert.rewriting import Drop, Plan, Rule
 from vlbeit.convert.vocabulary import bert_rows, find_bert_vocabulary
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.types import Modality
@@ -215,9 +215,10 @@ def with_image_type(rules: Iterator[Rule], cls: str, types: str) -> Iterator[Rul
 def added(rule: Rule, types: str, note: str) -> Rule:
     """The rule's vector plus row 1 of a table of types."""
     inner = rule.make
-
-    def make(*given: Tensor) -> Tensor:
-        return inner(*given[:-1]) + given[-1][1]
-
-    folded = Rule(target=rule.target, sources=(*rule.sources, types), make=make, note=rule.note)
-    return with_result(folded, lambda vector: vector, "folded", note)
+    return Rule(
+        target=rule.target,
+        sources=(*rule.sources, types),
+        make=lambda *given: inner(*given[:-1]) + given[-1][1],
+        action="folded",
+        note="; ".join(part for part in (rule.note, note) if part),
+    )

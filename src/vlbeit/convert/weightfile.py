@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,13 @@ class Weights(Mapping[str, Tensor]):
     container  the key under which the file keeps them; "" for none
     """
 
-    def __init__(self, path: Path, infos: dict[str, TensorInfo], container: str, read: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        infos: dict[str, TensorInfo],
+        container: str,
+        read: Callable[[str], Tensor],
+    ) -> None:
         total = sum(info.bytes for info in infos.values())
         if total > MAX_BYTES:
             raise UnsafeError(f"{path}: {total} bytes of tensors, the limit is {MAX_BYTES}")
@@ -37,8 +43,7 @@ class Weights(Mapping[str, Tensor]):
         self._read = read
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._read(name)
-        return tensor
+        return self._read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)
@@ -80,7 +85,7 @@ def open_weights(place: Path | str) -> Weights:
                 path,
                 found[container],
                 container,
-                lambda name, place=container: opened.read(place, name),
+                functools.partial(opened.read, container),
             )
     raise InputError(
         f"{path}: no tensors under {', '.join(repr(c) for c in CONTAINERS if c)} or at the top; "
@@ -109,7 +114,7 @@ def weights_path(place: Path) -> Path:
     raise InputError(f"{place}: none of {', '.join(FOLDER_FILES)} in this folder")
 
 
-def _safetensors_reader(path: Path) -> Any:
+def _safetensors_reader(path: Path) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         try:
             with safe_open(path, "pt") as file:
