@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import random
+import select
 import signal
 import socket
 import struct
@@ -207,34 +208,30 @@ def post(*lines: str) -> bytes:
 
 def flood(port: int, head: bytes, piece: bytes, pieces: int) -> tuple[bytes, float]:
     """Sends as much as the server takes; what it says, and seconds from its word to its close."""
-    with socket.create_connection(("127.0.0.1", port), timeout=30) as line:
-        line.sendall(head)
-        got, spoke = b"", None
-        line.settimeout(0)
-        sent = 0
+    with socket.create_connection(("127.0.0.1", port)) as line:
+        line.setblocking(False)
+        left, rest = pieces, memoryview(head)
+        got, spoke, unsent = b"", 0.0, 0
         until = time.monotonic() + 30
         while time.monotonic() < until:
+            if not rest and left:
+                left, rest = left - 1, memoryview(piece)
+            readable, writable, _ = select.select([line], [line] if rest else [], [], 1.0)
             try:
-                if sent < pieces:
-                    line.settimeout(0.01)
-                    line.sendall(piece)
-                    sent += 1
-            except TimeoutError:
-                sent = pieces  # a piece is cut: nothing more can be sent on this line
-            except OSError:
-                sent = pieces
-            try:
-                line.settimeout(0.001 if sent < pieces else 0.1)
-                more = line.recv(65536)
-                if not more:
-                    break
-                spoke = spoke or time.monotonic()
-                got += more
-            except TimeoutError:
+                if readable:
+                    if not (more := line.recv(65536)):
+                        break
+                    if not spoke:
+                        spoke, unsent = time.monotonic(), left
+                    got += more
+                if writable:
+                    rest = rest[line.send(rest) :]
+            except BlockingIOError:
                 continue
-            except OSError:
+            except OSError:  # the server closed while we sent
                 break
-        assert spoke is not None
+        # It may take the rest for a moment, to throw it away: a close at once would lose its word.
+        assert spoke and unsent, "the server waited for all of it"
         return got, time.monotonic() - spoke
 
 
