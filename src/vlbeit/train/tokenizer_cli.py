@@ -1,4 +1,4 @@
-"""`vlbeit tokenizer`: train-text, train-visual, import, show."""
+"""`vlbeit tokenizer`: train-text, train-visual, import, encode, show."""
 
 import argparse
 import glob
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vlbeit.checkpoint import save_checkpoint
-from vlbeit.config import TextTokenizerConfig, TokenizerRunConfig, digest, to_dict
-from vlbeit.data.dataset import open_sources
+from vlbeit.config import InputConfig, TextTokenizerConfig, TokenizerRunConfig, digest, to_dict
+from vlbeit.data.dataset import SPLITS, open_sources
+from vlbeit.data.stored_codes import write_codes
 from vlbeit.data.transforms import BadText, clean_text
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.overrides import parse_config
@@ -26,6 +27,7 @@ from vlbeit.tokens.text import (
     train_text_tokenizer,
 )
 from vlbeit.tokens.visual import load_visual_tokenizer
+from vlbeit.train.distributed import choose_device
 from vlbeit.train.opening import Opened, check_same_run, open_run
 from vlbeit.train.tokenizers import all_texts
 from vlbeit.train.visual_tokenizer import Keeping, train_visual_tokenizer
@@ -36,6 +38,7 @@ USAGE = """usage: vlbeit tokenizer VERB ...
   train-text    --data DIR ... | --lines FILE ...  --out DIR [--kind --vocab --lowercase]
   train-visual  RECIPE --data DIR ... --run-dir DIR [--tokenizer.codes N ...]
   import        FILE --out DIR     a SentencePiece .model or a BERT vocab.txt
+  encode        VISUAL --data DIR ... --out FOLDER [--image-size H W --split SPLIT]
   show          PATH [--text WORDS | --image FILE --out PICTURE.png] [--json]
 
 `vlbeit tokenizer VERB --help` for one of them."""
@@ -64,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         "train-text": _train_text,
         "train-visual": _train_visual,
         "import": _import,
+        "encode": _encode,
         "show": _show,
     }
     words = list(argv)
@@ -134,6 +138,51 @@ def _import(words: list[str]) -> int:
     tokenizer = import_bert_vocab(path) if path.suffix == ".txt" else import_sentencepiece(path)
     written = tokenizer.save(given.out)
     print(f"{written}: {tokenizer.kind}, {tokenizer.size} pieces, digest {tokenizer.digest}")
+    return 0
+
+
+# Encode ------------------------------------------------------------------------------------------
+
+
+def _encode(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlbeit tokenizer encode",
+        description=(
+            "Store the codes of every picture, for runs that show whole pictures (scale 1 1, flip "
+            "0, jitter 0): `vlbeit pretrain ... --tokenizers.visual VISUAL --tokenizers.codes OUT`."
+        ),
+    )
+    parser.add_argument("visual", help="folder of a visual tokenizer")
+    parser.add_argument("--data", nargs="+", required=True, help="prepared data folders")
+    parser.add_argument("--out", required=True, help="folder for the codes; must not exist")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument(
+        "--image-size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the run that will use them (model.image_size); default: the tokenizer's own",
+    )
+    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--skip-budget", type=float, default=InputConfig().skip_budget)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    given = parser.parse_args(words)
+    if given.batch < 1:
+        raise ConfigError(f"tokenizer encode: --batch must be at least 1, found {given.batch}")
+    tokenizer = load_visual_tokenizer(given.visual)
+    size = tuple(given.image_size or tokenizer.image_size)
+    device = choose_device(given.device, 0, 1)
+    written = write_codes(
+        given.out,
+        tokenizer.to(device),
+        open_sources(given.data, "image", given.split, images_from_pairs=True),
+        (size[0], size[1]),
+        device=device,
+        batch=given.batch,
+        skip_budget=given.skip_budget,
+        log=print,
+    )
+    print(f"{written.folder}: codes of tokenizer {written.tokenizer}")
     return 0
 
 
