@@ -106,7 +106,9 @@ def test_a_stream_with_random_crops_is_left_to_the_tokenizer(
 def test_a_recipe_whose_crops_are_all_random_cannot_take_stored_codes(
     data: Path, stored: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"tokenizers\.codes: found .*input\.images or input\.pairs"):
+    with pytest.raises(
+        ConfigError, match=r"tokenizers\.codes: found .*input\.images or input\.pairs"
+    ):
         toy_run(data, tmp_path / "run", {"tokenizers.codes": str(stored)})
     for change in ({"scale": (0.9, 1.0)}, {"flip": 0.5}, {"jitter": 0.1}):
         assert not CropConfig(**(WHOLE | change)).fixed
