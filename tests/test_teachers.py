@@ -128,3 +128,49 @@ def test_without_the_package_the_command_that_brings_it_is_named(
     assert "a_package_that_nobody_has" not in sys.modules
     with pytest.raises(ConfigError):
         weights_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vit", "clip", "dinov2", "registers"])
+def test_a_vit_folder_teaches_its_patch_features(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    leading = 1
+    if kind == "vit":
+        theirs = transformers.ViTModel(transformers.ViTConfig(**sizes))
+    elif kind == "clip":
+        config = transformers.CLIPVisionConfig(**sizes, projection_dim=20)
+        theirs = transformers.CLIPVisionModelWithProjection(config)
+    elif kind == "dinov2":
+        theirs = transformers.Dinov2Model(transformers.Dinov2Config(**sizes))
+    else:
+        config = transformers.Dinov2WithRegistersConfig(**sizes, num_register_tokens=3)
+        theirs, leading = transformers.Dinov2WithRegistersModel(config), 4
+    theirs.eval().save_pretrained(tmp_path)
+    # Mean and deviation come from the folder, where it names them.
+    rules = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.3, 0.2, 0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(rules))
+    teacher = build_teacher(str(tmp_path))
+    assert teacher is not None
+    pixels = scene_pictures(2, (32, 32))
+    found = teacher.features(pixels, (4, 4))
+    assert found.shape == (2, 16, teacher.width)
+    mean, std = (torch.tensor(rules[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std"))
+    with torch.no_grad():
+        shown = theirs(pixel_values=(pixels.float() / 255 - mean) / std).last_hidden_state
+        shown = shown[:, leading:]
+        if kind == "clip":
+            shown = theirs.visual_projection(theirs.vision_model.post_layernorm(shown))
+    torch.testing.assert_close(found, shown, atol=1e-5, rtol=0)
+    # Another size of ours is brought to the teacher's: the grid decides, not the pixels.
+    assert teacher.features(scene_pictures(2, (40, 40)), (5, 5)).shape == (2, 25, teacher.width)
+    # A tokenizer's facts name the weights, whatever the folder is called.
+    (weights,) = tmp_path.glob("*.safetensors")
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in teacher.digest

@@ -279,38 +279,6 @@ def test_teachers_are_pixels_a_name_or_a_folder(tmp_path: Path) -> None:
         build_teacher(str(tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vit", "clip"])
-def test_a_vit_folder_teaches_its_patch_features(tmp_path: Path, kind: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    sizes = {
-        "hidden_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    if kind == "vit":
-        theirs = transformers.ViTModel(transformers.ViTConfig(**sizes))
-    else:
-        config = transformers.CLIPVisionConfig(**sizes, projection_dim=20)
-        theirs = transformers.CLIPVisionModelWithProjection(config)
-    theirs.eval().save_pretrained(tmp_path)
-    teacher = build_teacher(str(tmp_path))
-    assert teacher is not None
-    pixels = scene_pictures(2, (32, 32))
-    found = teacher.features(pixels, (4, 4))
-    assert found.shape == (2, 16, teacher.width)
-    with torch.no_grad():
-        shown = theirs(pixel_values=pixels.float() / 127.5 - 1).last_hidden_state[:, 1:]
-        if kind == "clip":
-            shown = theirs.visual_projection(theirs.vision_model.post_layernorm(shown))
-    torch.testing.assert_close(found, shown, atol=1e-5, rtol=0)
-    # Another size of ours is brought to the teacher's: the grid decides, not the pixels.
-    assert teacher.features(scene_pictures(2, (40, 40)), (5, 5)).shape == (2, 25, teacher.width)
-
-
 def test_a_training_that_was_cut_ends_like_one_that_was_not(tmp_path: Path) -> None:
     from vlbeit.data.dataset import Dataset, SourceInfo
     from vlbeit.train.tokenizer_cli import main
