@@ -19,7 +19,6 @@ from vlbeit.eval.evaluate import evaluate_run
 from vlbeit.eval.examples import Word
 from vlbeit.eval.report import (
     duration,
-    read_rows,
     run_folder_of,
     said,
     summary,
@@ -37,6 +36,7 @@ from vlbeit.eval.report_tasks import (
     coloured,
     tasks_part,
 )
+from vlbeit.eval.run_rows import read_rows
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 SVG_EMPTY = {"line", "circle", "polyline", "polygon"}

@@ -31,8 +31,16 @@ REFUSED: list[tuple[str, object, str]] = [
     ("tokenizers.train_visual.codes", 1, "at least 2"),
     ("tokenizers.train_visual.width", 97, "multiple of tokenizers.train_visual.heads (12)"),
     ("tokenizers.train_visual.image_size", (224, 41), "tokenizers.train_visual.patch (16)"),
+    *((f"tokenizers.train_visual.{name}", 0, "at least 1") for name in
+      ("code_width", "width", "heads", "ffn", "patch", "batch")),
+    *((f"tokenizers.train_visual.{name}", -1, "at least 0") for name in
+      ("layers", "decoder_layers", "kmeans_iterations", "warmup_steps")),
     ("tokenizers.train_visual.decay", 1.0, "(0, 1)"),
-    ("tokenizers.train_visual.batch", 0, "at least 1"),
+    ("tokenizers.train_visual.revive_below", 1.0, "[0, 1)"),
+    ("tokenizers.train_visual.pixel_loss", -1.0, "at least 0"),
+    ("tokenizers.train_visual.pixel_loss", 0.0, "must be above 0 with the teacher 'pixels'"),
+    ("tokenizers.train_visual.commitment", -1.0, "at least 0"),
+    ("tokenizers.codes", "some/folder", "scale 1 1, flip 0 and jitter 0"),
     ("tokenizers.train_visual.crop.flip", 2.0, "[0, 1]"),
     ("input.images.scale", (0.0, 1.0), "0 < low <= high <= 1"),
     ("input.images.scale", (0.9, 0.5), "0 < low <= high <= 1, found 0.9, 0.5"),

@@ -72,6 +72,11 @@ class CropConfig:
     jitter: float = 0.4
     """Strength of brightness, contrast and saturation jitter; 0: off."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether every visit of a record shows the same picture: the whole of it, squashed."""
+        return self.scale == (1.0, 1.0) and self.flip == 0 and self.jitter == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
@@ -189,7 +194,8 @@ class VisualTokenizerConfig:
     ffn: int = 3072
     decoder_layers: int = 3
     teacher: str = "pixels"
-    """"pixels", or a folder that holds a teacher (tokens/teachers.py)."""
+    """"pixels", "efficientnet-lite0" (the `teacher` extra), a folder with a ViT in the layout of
+    `transformers` (tokens/teachers.py), or "random": the encoder stays as drawn."""
     decay: float = 0.99
     """EMA decay of the codebook."""
     commitment: float = 1.0
@@ -223,6 +229,9 @@ class TokenizersConfig:
 
     text: str = ""
     visual: str = ""
+    codes: str = ""
+    """A folder of `vlbeit tokenizer encode`: streams with fixed crops take their codes from it
+    instead of asking the visual tokenizer at every visit."""
     train_text: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     train_visual: VisualTokenizerConfig = field(default_factory=VisualTokenizerConfig)
 

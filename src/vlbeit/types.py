@@ -48,7 +48,7 @@ class Batch:
         pixels        (B, 3, height, width) uint8, RGB; None in the text stream
         patch_masked  (B, P) bool; exactly the same count in every row
         patch_codes   (B, P) int64, the visual tokenizer's code of each patch; None until the
-                      tokenizer has been asked
+                      tokenizer has been asked, unless the codes are stored
         words         (B, W) int64, the text as it is
         words_given   (B, W) int64, the text as the model sees it (80 / 10 / 10)
         word_masked   (B, W) bool, words to predict; never a special token or padding

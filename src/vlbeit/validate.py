@@ -10,6 +10,8 @@ from vlbeit.config import (
 )
 from vlbeit.errors import ConfigError
 
+WITHOUT_TEACHER = ("pixels", "random")
+"""Values of a tokenizer's `teacher` with which the pixel decoder's loss is the only one."""
 WITHOUT_TEXT = ("classification", "segmentation")
 """Tasks whose samples have no text."""
 
@@ -67,13 +69,30 @@ def check_crop(name: str, crop: CropConfig) -> None:
 def validate_tokenizer(config: VisualTokenizerConfig, name: str) -> None:
     """The training settings of a visual tokenizer."""
     require(config.codes >= 2, f"{name}.codes must be at least 2, found {config.codes}")
+    for sized in ("code_width", "width", "heads", "ffn", "patch", "batch"):
+        value = getattr(config, sized)
+        require(value >= 1, f"{name}.{sized} must be at least 1, found {value}")
+    for counted in ("layers", "decoder_layers", "kmeans_iterations", "warmup_steps"):
+        value = getattr(config, counted)
+        require(value >= 0, f"{name}.{counted} must be at least 0, found {value}")
     require(
         config.width % config.heads == 0,
         f"{name}.width must be a multiple of {name}.heads ({config.heads}), found {config.width}",
     )
     check_size(f"{name}.image_size", config.image_size, f"{name}.patch", config.patch)
     require(0 < config.decay < 1, f"{name}.decay must be in (0, 1), found {config.decay}")
-    require(config.batch >= 1, f"{name}.batch must be at least 1, found {config.batch}")
+    require(
+        0 <= config.revive_below < 1,
+        f"{name}.revive_below must be in [0, 1), found {config.revive_below}",
+    )
+    for weight in ("pixel_loss", "commitment"):
+        value = getattr(config, weight)
+        require(value >= 0, f"{name}.{weight} must be at least 0, found {value}")
+    require(
+        config.pixel_loss > 0 or config.teacher not in WITHOUT_TEACHER,
+        f"{name}.pixel_loss must be above 0 with the teacher {config.teacher!r}, found "
+        f"{config.pixel_loss}: nothing else is left to learn",
+    )
     check_crop(f"{name}.crop", config.crop)
 
 
@@ -85,6 +104,12 @@ def validate(config: PretrainConfig) -> None:
         validate_tokenizer(config.tokenizers.train_visual, "tokenizers.train_visual")
     check_crop("input.images", config.input.images)
     check_crop("input.pairs", config.input.pairs)
+    require(
+        not config.tokenizers.codes or bool(fixed_streams(config)),
+        f"tokenizers.codes: found {config.tokenizers.codes}, but no stream that predicts codes "
+        "shows whole pictures: set scale 1 1, flip 0 and jitter 0 in input.images or input.pairs, "
+        "or leave tokenizers.codes out",
+    )
     for name in ("text_length", "pair_text_length"):
         length = getattr(config.input, name)
         require(
@@ -131,6 +156,21 @@ def validate(config: PretrainConfig) -> None:
         )
     validate_optim(optim)
     validate_run(config)
+
+
+def coded_streams(config: PretrainConfig) -> dict[str, CropConfig]:
+    """The crops of the streams in which some objective predicts visual codes."""
+    found: dict[str, CropConfig] = {}
+    if config.batch.images > 0 and config.objective.mim > 0:
+        found["image"] = config.input.images
+    if config.batch.pairs > 0 and config.objective.mvlm_image > 0:
+        found["pair"] = config.input.pairs
+    return found
+
+
+def fixed_streams(config: PretrainConfig) -> list[str]:
+    """Those of them that show every record the same way each time: their codes can be stored."""
+    return [stream for stream, crop in coded_streams(config).items() if crop.fixed]
 
 
 def validate_optim(optim: OptimConfig) -> None:

@@ -19,6 +19,7 @@ class Sample:
     visit: Visit
     pixels: np.ndarray | None = None
     patch_masked: np.ndarray | None = None
+    patch_codes: np.ndarray | None = None
     words: np.ndarray | None = None
     words_given: np.ndarray | None = None
     word_masked: np.ndarray | None = None
@@ -54,7 +55,7 @@ def stack(stream: Stream, samples: Sequence[Sample], allowed: int = 0) -> Stacke
     `allowed`, the longest text there may be, all are filled as `padded_width` says.
     """
     arrays: dict[str, np.ndarray] = {}
-    for name in ("pixels", "patch_masked", "depth_draws"):
+    for name in ("pixels", "patch_masked", "patch_codes", "depth_draws"):
         rows = [getattr(sample, name) for sample in samples]
         if rows[0] is not None:
             arrays[name] = np.stack(rows)

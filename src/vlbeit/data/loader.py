@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from vlbeit.config import PretrainConfig
@@ -18,6 +18,7 @@ from vlbeit.data.collate import Sample, Stacked
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.order import StreamOrder, Visit, source_weights
 from vlbeit.data.records import BadSample, RecordSource, cache_folder
+from vlbeit.data.stored_codes import SourceCodes
 from vlbeit.data.streams import ImageStream, PairStream, PictureSettings, SampleStream, TextStream
 from vlbeit.data.textpack import pack_text
 from vlbeit.data.workers import Background, ProcessBackground, ThreadBackground
@@ -404,6 +405,7 @@ def build_streams(
     tokenizer: TextTokenizer,
     *,
     cache: Path | None = None,
+    codes: Mapping[str, Mapping[str, SourceCodes]] = MappingProxyType({}),
     log: Callable[[str], None] = lambda message: None,
 ) -> list[PretrainingStream]:
     """The streams of a run, those with a batch count of 0 left out.
@@ -411,6 +413,7 @@ def build_streams(
     Args:
         sources: of each stream (`dataset.open_sources`).
         cache: where packed text is kept; None: `records.cache_folder()`.
+        codes: stored codes by stream and source; a stream left out has none.
         log: is told when text is packed, which takes a while for a large corpus.
 
     Raises:
@@ -429,7 +432,11 @@ def build_streams(
         )
         streams.append(
             ImageStream(
-                sources.get("image", ()), seed=seed, pictures=pictures, depth_shape=depth(1)
+                sources.get("image", ()),
+                seed=seed,
+                pictures=pictures,
+                depth_shape=depth(1),
+                codes=codes.get("image", {}),
             )
         )
     if config.batch.texts > 0:
@@ -465,6 +472,7 @@ def build_streams(
                 pictures=pictures,
                 text_length=given.pair_text_length,
                 depth_shape=depth(2 if config.objective.mvlm == "two_views" else 1),
+                codes=codes.get("pair", {}),
             )
         )
     return streams

@@ -102,6 +102,23 @@ class Manifest:
             )
         ]
 
+    def pictures_digest(self) -> bytes:
+        """sha256 over the keys and, with their record's number, the digests of all pictures."""
+        is_picture = np.isin(
+            self.member_extension,
+            [i for i, name in enumerate(self.extensions) if name in IMAGE_EXTENSIONS],
+        )
+        record = np.repeat(np.arange(self.records), np.diff(self.member_starts))
+        sha = hashlib.sha256(f"{self.records} {len(self.bad)} ".encode())
+        for column in (
+            self.key_starts,
+            self.key_bytes,
+            record[is_picture],
+            self.member_sha256[is_picture],
+        ):
+            sha.update(np.ascontiguousarray(column).tobytes())
+        return sha.digest()
+
     def text_lengths(self, record: int) -> np.ndarray:
         """(captions of the record,) int32, characters each."""
         start, stop = self.caption_starts[record : record + 2].tolist()

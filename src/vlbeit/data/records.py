@@ -461,6 +461,17 @@ class RecordSource:
             return f"{name}:{manifest.bad[position - manifest.records].member}"
         return f"{name}:{manifest.key(position)}"
 
+    def pictures_digest(self) -> str:
+        """sha256 over the records' keys and the digests of their pictures, shard by shard.
+
+        Two sources with the same pictures in the same order have the same one, whatever their
+        names, places and captions.
+        """
+        sha = hashlib.sha256()
+        for shard in range(len(self.shards)):
+            sha.update(self._manifest(shard).pictures_digest())
+        return sha.hexdigest()
+
     def text_lengths(self, index: int) -> np.ndarray:
         """(captions,) int32: characters of each caption as stored; empty where there is none."""
         shard, position = self.locate(index)

@@ -6,8 +6,9 @@ makes it, nor what was made before.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from vlbeit.config import CropConfig, MaskingConfig
 from vlbeit.data.collate import Sample, Stacked, as_batch, stack
 from vlbeit.data.order import SourceOrder, Visit
-from vlbeit.data.records import BadSample, RecordSource
+from vlbeit.data.records import BadSample, Record, RecordSource
+from vlbeit.data.stored_codes import SourceCodes
 from vlbeit.data.textpack import PackedText
 from vlbeit.data.transforms import BadImage, BadText, augment, clean_text, decode_image
 from vlbeit.draws import Draws
@@ -159,8 +161,23 @@ def encode_text(tokenizer: TextTokenizer, text: str, longest: int) -> np.ndarray
     return words
 
 
+def stored_row(codes: Mapping[str, SourceCodes], visit: Visit, record: Record) -> np.ndarray | None:
+    """(P,) int64, the stored codes of a visit; None where codes are not stored.
+
+    Raises:
+        BadSample: no_codes, for a record that had no usable picture when codes were stored.
+    """
+    if visit.source not in codes:
+        return None
+    row = codes[visit.source].row(visit.index)
+    if row is None:
+        detail = f"{codes[visit.source].path} has none for it; encode again"
+        raise BadSample(record.shard, record.key, "no_codes", detail)
+    return row
+
+
 class ImageStream(MaskedStream):
-    """Single images for MIM."""
+    """Single images for MIM. `codes`: the stored codes of its sources; empty: none are stored."""
 
     stream: Stream = "image"
 
@@ -171,12 +188,14 @@ class ImageStream(MaskedStream):
         seed: int,
         pictures: PictureSettings,
         depth_shape: tuple[int, int] | None = None,
+        codes: Mapping[str, SourceCodes] = MappingProxyType({}),
     ) -> None:
         self._sources = {source.name: source for source in sources}
         self.records = {source.name: len(source) for source in sources}
         self._seed = seed
         self._pictures = pictures
         self._depth_shape = depth_shape
+        self._codes = dict(codes)
 
     def sample(self, visit: Visit) -> Sample:
         record = self._sources[visit.source].read(visit.index)
@@ -189,6 +208,7 @@ class ImageStream(MaskedStream):
             visit=visit,
             pixels=pixels,
             patch_masked=self._pictures.masked(Draws(self._seed, "mask", self.stream, *visit)),
+            patch_codes=stored_row(self._codes, visit, record),
             depth_draws=depth_draws(self._seed, self.stream, visit, self._depth_shape),
         )
 
@@ -200,7 +220,10 @@ class ImageStream(MaskedStream):
 
 
 class PairStream(MaskedStream):
-    """Image-text pairs for MVLM. Words and patches are both masked; the objective picks."""
+    """Image-text pairs for MVLM. Words and patches are both masked; the objective picks.
+
+    `codes` as in `ImageStream`.
+    """
 
     stream: Stream = "pair"
 
@@ -213,9 +236,11 @@ class PairStream(MaskedStream):
         pictures: PictureSettings,
         text_length: int,
         depth_shape: tuple[int, int] | None = None,
+        codes: Mapping[str, SourceCodes] = MappingProxyType({}),
     ) -> None:
         self._sources = {source.name: source for source in sources}
         self.records = {source.name: len(source) for source in sources}
+        self._codes = dict(codes)
         self._tokenizer = tokenizer
         self._seed = seed
         self._pictures = pictures
@@ -246,6 +271,7 @@ class PairStream(MaskedStream):
             visit=visit,
             pixels=pixels,
             patch_masked=patch_masked,
+            patch_codes=stored_row(self._codes, visit, record),
             words=words,
             words_given=words_given,
             word_masked=words_masked,

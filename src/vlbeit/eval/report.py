@@ -37,6 +37,8 @@ from vlbeit.eval.report_html import (
     with_interval,
 )
 from vlbeit.eval.report_tasks import TaskResult, headline_rows, tasks_part
+from vlbeit.eval.report_tokenizer import is_tokenizer_run, write_tokenizer_report
+from vlbeit.eval.run_rows import read_rows
 
 EXAMPLES = 12
 """Held-out pairs whose hidden words are shown."""
@@ -67,11 +69,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args(argv)
-    run = load_run(args.run, args.device)
-    evaluation = evaluate_run(run, args.data, samples=args.samples, batch_size=args.batch)
     folder = run_folder_of(Path(args.run))
     out = args.out or folder / "report.html"
-    write_report(folder, evaluation, out, run=run)
+    if is_tokenizer_run(folder):
+        write_tokenizer_report(folder, out, data=args.data, samples=args.samples)
+    else:
+        run = load_run(args.run, args.device)
+        evaluation = evaluate_run(run, args.data, samples=args.samples, batch_size=args.batch)
+        write_report(folder, evaluation, out, run=run)
     print(f"report in {out}")
     return 0
 
@@ -123,18 +128,6 @@ def write_report(
     ]
     write_atomic(out, page(title or f"vlbeit: {run.config.recipe}", parts).encode())
     return out
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Whole rows of a JSON-lines file; none if there is no such file. A torn last line of a run
-    that is still going, or was killed, is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text().splitlines(keepends=True):
-        if line.endswith("\n"):
-            rows.append(json.loads(line))
-    return rows
 
 
 # --- words and numbers ---------------------------------------------------------------------------

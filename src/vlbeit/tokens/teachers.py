@@ -1,5 +1,6 @@
 """Teachers of a visual tokenizer: networks whose view of a picture the codes must keep."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.tensorfile import refuse_pickle
+from vlbeit.tokens.efficientnet_lite import LAST, MIDDLE, SHA256, STRIDE, load_efficientnet_lite0
 
 PIXELS = "pixels"
+RANDOM = "random"
+"""No teacher at all: the encoder keeps its random weights, k-means and EMA alone make the codes;
+with layers 0 a random projection of each patch. What codes are worth is measured against these."""
+CNN = "efficientnet-lite0"
 
 
 class Teacher(Protocol):
@@ -34,28 +40,59 @@ class Teacher(Protocol):
 
 
 def build_teacher(spec: str) -> Teacher | None:
-    """The teacher that `VisualTokenizerConfig.teacher` names; None for "pixels".
+    """The teacher that `VisualTokenizerConfig.teacher` names; None for "pixels" and "random".
 
-    A folder in the layout of `transformers` (config.json, model.safetensors, and
-    preprocessor_config.json for mean and standard deviation) gives a ViT: CLIP's vision tower
-    (patch tokens after the visual projection, as BEiT v2), DINO, DINOv2, BEiT or plain ViT (last
-    hidden states of the patches).
+    "efficientnet-lite0" is the network of the `teacher` extra (`CNNTeacher`). A folder in the
+    layout of `transformers` (config.json, model.safetensors, and preprocessor_config.json for mean
+    and standard deviation) gives a ViT: CLIP's vision tower (patch tokens after the visual
+    projection, as BEiT v2), DINO, DINOv2, BEiT or plain ViT (last hidden states of the patches).
 
     Raises:
-        ConfigError: neither of the two, or `transformers` is not installed.
+        ConfigError: none of these, or what it needs is not installed.
         InputError: a folder without the files.
         UnsafeError: weights only as a pickle.
     """
-    if spec == PIXELS:
+    if spec in (PIXELS, RANDOM):
         return None
+    if spec == CNN:
+        return CNNTeacher()
     folder = Path(spec)
     if not folder.is_dir():
         raise ConfigError(
-            f'teacher: {spec!r} is neither "pixels" nor a folder with a ViT in the layout of '
-            "transformers (config.json, model.safetensors)"
+            f"teacher: {spec!r} is none of {PIXELS!r}, {CNN!r}, {RANDOM!r} and no folder with a "
+            "ViT in the layout of transformers (config.json, model.safetensors)"
         )
     refuse_pickle(folder)
     return ViTTeacher(folder)
+
+
+class CNNTeacher:
+    """EfficientNet-Lite0 at two depths, shown the picture at 16 pixels a patch of our grid.
+
+    A patch's features are its cell of the last maps at stride 16 (112 channels: parts and
+    textures) and, interpolated, of the last ones of all at stride 32 (320 channels: things). Each
+    half is centred (`EfficientNetLite0.maps`) and weighs the same: without centring every patch
+    has nearly the same direction, and a cosine tells them apart badly.
+    """
+
+    width = MIDDLE + LAST
+    digest = f"{CNN}:{SHA256}"
+
+    def __init__(self) -> None:
+        self._model = load_efficientnet_lite0()
+
+    def to(self, device: torch.device | str) -> "CNNTeacher":
+        self._model.to(device)
+        return self
+
+    @torch.no_grad()
+    def features(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        shown = _shown(pixels, (grid[0] * STRIDE, grid[1] * STRIDE))
+        middle, last = self._model.maps(shown * 2 - 1)
+        last = F.interpolate(last, size=grid, mode="bilinear", align_corners=False)
+        # Divided by the root of its channels, each half has a mean squared length of 1.
+        both = torch.cat((middle / MIDDLE**0.5, last / LAST**0.5), dim=1)
+        return both.flatten(2).transpose(1, 2).float()
 
 
 class ViTTeacher:
@@ -94,7 +131,7 @@ class ViTTeacher:
         self._mean = torch.tensor(rules.get("image_mean", [0.5, 0.5, 0.5])).view(1, 3, 1, 1)
         self._std = torch.tensor(rules.get("image_std", [0.5, 0.5, 0.5])).view(1, 3, 1, 1)
         self.width = int(config.projection_dim if is_clip else config.hidden_size)
-        self.digest = f"{tree.get('model_type', 'vit')}:{folder.name}"
+        self.digest = f"{tree.get('model_type', 'vit')}:{_weights_digest(folder)}"
 
     def to(self, device: torch.device | str) -> "ViTTeacher":
         self._model.to(device)
@@ -103,10 +140,7 @@ class ViTTeacher:
 
     @torch.no_grad()
     def features(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        size = (grid[0] * self._patch, grid[1] * self._patch)
-        shown = pixels.float() / 255
-        if shown.shape[-2:] != size:
-            shown = F.interpolate(shown, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        shown = _shown(pixels, (grid[0] * self._patch, grid[1] * self._patch))
         shown = (shown - self._mean) / self._std
         out = self._model(pixel_values=shown, interpolate_pos_encoding=True)
         patches = out.last_hidden_state[:, self._leading :]
@@ -121,6 +155,24 @@ class ViTTeacher:
             )
         found: Tensor = patches.float()
         return found
+
+
+def _shown(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, 3, H, W) uint8 -> (B, 3, *size) in [0, 1]."""
+    shown = pixels.float() / 255
+    if shown.shape[-2:] != size:
+        shown = F.interpolate(shown, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+    return shown
+
+
+def _weights_digest(folder: Path) -> str:
+    """sha256 over the weight files of a folder, in the order of their names."""
+    sha = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                sha.update(part)
+    return sha.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@
 With a teacher the pixel decoder reads the codes without training them: it shows what a code
 means. Without one (teacher "pixels") it is the only target and trains them. The target is the
 picture itself in [-1, 1], not normalised per patch: a code must tell red from blue, since captions
-do.
+do. With the teacher "random" nothing trains the encoder (`VQKD.freeze_encoder`).
 """
 
 from pathlib import Path
@@ -104,6 +104,11 @@ class VQKD(nn.Module):
         self.codebook = CosineCodebook(config.codes, config.code_width, config.decay)
         self.pixels = CodeDecoder(config, 3 * config.patch**2)
         self.features = CodeDecoder(config, feature_width) if feature_width else None
+
+    def freeze_encoder(self) -> None:
+        """Leave all that makes code vectors as it is; the decoders still learn."""
+        for part in (self.image, self.encoder, self.to_code):
+            part.requires_grad_(False)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, P, C), before the codebook makes them unit vectors."""

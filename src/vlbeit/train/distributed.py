@@ -244,7 +244,7 @@ def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
     if launched:
         leave_with_parent()
     world = World(
-        rank, size, local_rank, local_size, _choose_device(device, local_rank, local_size), timeout
+        rank, size, local_rank, local_size, choose_device(device, local_rank, local_size), timeout
     )
     if size == 1:
         return world
@@ -270,7 +270,8 @@ def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
     return replace(world, peers=peers)
 
 
-def _choose_device(choice: str, local_rank: int, local_size: int) -> torch.device:
+def choose_device(choice: str, local_rank: int, local_size: int) -> torch.device:
+    """The device of one of `local_size` processes on this host."""
     count = torch.cuda.device_count() if choice != "cpu" else 0
     if choice == "cpu" or (choice == "auto" and count == 0):
         return torch.device("cpu")

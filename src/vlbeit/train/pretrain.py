@@ -31,7 +31,11 @@ from vlbeit.train.opening import (
     wait_for,
 )
 from vlbeit.train.optim import build_optimizer
-from vlbeit.train.tokenizers import find_tokenizers, train_missing_tokenizers
+from vlbeit.train.tokenizers import (
+    find_stored_codes,
+    find_tokenizers,
+    train_missing_tokenizers,
+)
 from vlbeit.types import Batch, Score, Stream
 from vlbeit.validate import validate
 
@@ -64,7 +68,8 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
     text = TextTokenizer.load(paths.text)
     visual = load_visual_tokenizer(paths.visual).to(world.device) if paths.visual else None
     check_tokenizers(config, text, visual)
-    streams = build_streams(config, sources, text, log=opened.log)
+    codes = find_stored_codes(config, sources, visual, opened.log)
+    streams = build_streams(config, sources, text, codes=codes, log=opened.log)
     loader = build_loader(config, streams, rank=world.rank, world=world.size)
     facts = source_facts({str(stream): group for stream, group in sources.items()})
     if checkpoint is not None:
@@ -104,7 +109,7 @@ def masked_prediction(
     objective = config.objective
 
     def with_codes(batch: Batch) -> Batch:
-        if visual is None or batch.pixels is None:
+        if visual is None or batch.pixels is None or batch.patch_codes is not None:
             return batch
         return batch.with_codes(visual.encode(batch.pixels))
 

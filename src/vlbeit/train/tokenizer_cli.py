@@ -1,4 +1,4 @@
-"""`vlbeit tokenizer`: train-text, train-visual, import, show."""
+"""`vlbeit tokenizer`: train-text, train-visual, import, encode, show."""
 
 import argparse
 import glob
@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vlbeit.checkpoint import save_checkpoint
-from vlbeit.config import TextTokenizerConfig, TokenizerRunConfig, digest, to_dict
-from vlbeit.data.dataset import open_sources
-from vlbeit.data.transforms import BadText, clean_text
-from vlbeit.errors import ConfigError, InputError
+from vlbeit.config import InputConfig, TextTokenizerConfig, TokenizerRunConfig, digest, to_dict
+from vlbeit.data.dataset import SPLITS, open_sources
+from vlbeit.data.stored_codes import write_codes
+from vlbeit.data.transforms import BadImage, BadText, clean_text, decode_image, plain
+from vlbeit.errors import ConfigError, InputError, SaveError
+from vlbeit.eval.code_pictures import code_sheet, decoded, in_rows
 from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
 from vlbeit.tokens.text import (
@@ -24,6 +27,7 @@ from vlbeit.tokens.text import (
     train_text_tokenizer,
 )
 from vlbeit.tokens.visual import load_visual_tokenizer
+from vlbeit.train.distributed import choose_device
 from vlbeit.train.opening import Opened, check_same_run, open_run
 from vlbeit.train.tokenizer_import import import_tokenizer_file
 from vlbeit.train.tokenizers import all_texts
@@ -36,7 +40,8 @@ USAGE = """usage: vlbeit tokenizer VERB ...
   train-visual  RECIPE --data DIR ... --run-dir DIR [--tokenizer.codes N ...]
   import        FILE --out DIR     a SentencePiece .model, a BERT vocab.txt, or the weights of
                                    BEiT v2's or DALL-E's visual tokenizer
-  show          PATH [--text WORDS | --image FILE --out PICTURE.png] [--json]
+  encode        VISUAL --data DIR ... --out FOLDER [--image-size H W --split SPLIT]
+  show          PATH [--text WORDS | --image FILE ... --out PICTURE.png | --codes SHEET.png]
 
 `vlbeit tokenizer VERB --help` for one of them."""
 
@@ -64,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
         "train-text": _train_text,
         "train-visual": _train_visual,
         "import": import_tokenizer_file,
+        "encode": _encode,
         "show": _show,
     }
     words = list(argv)
@@ -119,6 +125,51 @@ def _texts(folders: Sequence[str], files: Sequence[str]) -> Iterator[str]:
                 raise InputError(f"--lines {path}: cannot be read ({error.strerror})") from None
 
 
+# Encode ------------------------------------------------------------------------------------------
+
+
+def _encode(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="vlbeit tokenizer encode",
+        description=(
+            "Store the codes of every picture, for runs that show whole pictures (scale 1 1, flip "
+            "0, jitter 0): `vlbeit pretrain ... --tokenizers.visual VISUAL --tokenizers.codes OUT`."
+        ),
+    )
+    parser.add_argument("visual", help="folder of a visual tokenizer")
+    parser.add_argument("--data", nargs="+", required=True, help="prepared data folders")
+    parser.add_argument("--out", required=True, help="folder for the codes; must not exist")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument(
+        "--image-size",
+        nargs=2,
+        type=int,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the run that will use them (model.image_size); default: the tokenizer's own",
+    )
+    parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
+    parser.add_argument("--skip-budget", type=float, default=InputConfig().skip_budget)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    given = parser.parse_args(words)
+    if given.batch < 1:
+        raise ConfigError(f"tokenizer encode: --batch must be at least 1, found {given.batch}")
+    tokenizer = load_visual_tokenizer(given.visual)
+    size = tuple(given.image_size or tokenizer.image_size)
+    device = choose_device(given.device, 0, 1)
+    written = write_codes(
+        given.out,
+        tokenizer.to(device),
+        open_sources(given.data, "image", given.split, images_from_pairs=True),
+        (size[0], size[1]),
+        device=device,
+        batch=given.batch,
+        skip_budget=given.skip_budget,
+        log=print,
+    )
+    print(f"{written.folder}: codes of tokenizer {written.tokenizer}")
+    return 0
+
+
 # Show --------------------------------------------------------------------------------------------
 
 
@@ -129,17 +180,24 @@ def _show(words: list[str]) -> int:
     )
     parser.add_argument("path", help="tokenizer.json, or a folder with it or a visual tokenizer")
     parser.add_argument("--text", help="cut this text into pieces")
-    parser.add_argument("--image", help="encode this picture")
-    parser.add_argument("--out", help="with --image: PNG of the picture and its decoded codes")
+    parser.add_argument("--image", nargs="+", default=[], help="encode these pictures")
+    parser.add_argument("--out", help="with --image: PNG of the pictures, their codes drawn below")
+    parser.add_argument("--codes", help="PNG of every code, as the pixel decoder draws it")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(words)
     path = Path(given.path)
     is_text = path.is_file() or (path / FILE_NAME).is_file()
-    if is_text and (given.image or given.out):
-        raise ConfigError(f"{path} is a text tokenizer; --image and --out are for a visual one")
+    if is_text and (given.image or given.out or given.codes):
+        raise ConfigError(
+            f"{path} is a text tokenizer; --image, --out and --codes are for a visual one"
+        )
     if not is_text and given.text is not None:
         raise ConfigError(f"{path} is no text tokenizer; --text is for one")
-    facts = _show_text(path, given.text) if is_text else _show_visual(path, given.image, given.out)
+    facts = (
+        _show_text(path, given.text)
+        if is_text
+        else _show_visual(path, given.image, given.out, given.codes)
+    )
     if given.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -158,11 +216,9 @@ def _show_text(path: Path, text: str | None) -> dict[str, Any]:
     return facts
 
 
-def _show_visual(path: Path, image: str | None, out: str | None) -> dict[str, Any]:
-    from PIL import Image
-
-    from vlbeit.data.transforms import BadImage, decode_image, plain
-
+def _show_visual(
+    path: Path, images: Sequence[str], out: str | None, sheet: str | None
+) -> dict[str, Any]:
     tokenizer = load_visual_tokenizer(path)
     facts: dict[str, Any] = {
         "codes": tokenizer.codes,
@@ -172,23 +228,42 @@ def _show_visual(path: Path, image: str | None, out: str | None) -> dict[str, An
         "draws": tokenizer.draws,
         "facts": tokenizer.facts,
     }
-    if out and not image:
+    if out and not images:
         raise ConfigError("tokenizer show: --out needs --image")
-    if image:
-        try:
-            picture = plain(decode_image(Path(image).read_bytes()), tokenizer.image_size)
-        except OSError as error:
-            raise InputError(f"--image {image}: cannot be read ({error.strerror})") from None
-        except BadImage as bad:
-            raise InputError(f"--image {image}: {bad.reason} ({bad.detail})") from None
-        pixels = torch.from_numpy(picture)[None]
-        rows, columns = (side // tokenizer.patch for side in tokenizer.image_size)
-        codes = tokenizer.encode(pixels).reshape(1, rows, columns)
-        facts["image_codes"] = codes[0].tolist()
+    if images:
+        pixels = torch.stack([_open_plain(name, tokenizer.image_size) for name in images])
+        codes, drawn = decoded(tokenizer, pixels)
+        facts["image_codes"] = codes.tolist() if len(images) > 1 else codes[0].tolist()
         if out:
-            both = torch.cat((pixels, tokenizer.decode(codes)), dim=-1)[0]
-            Image.fromarray(both.permute(1, 2, 0).numpy()).save(out, "PNG")
+            _save_png(in_rows((pixels, drawn), max(1, SHOWN_HEIGHT // pixels.shape[-2])), out)
+    if sheet:
+        _save_png(code_sheet(tokenizer), sheet)
     return facts
+
+
+SHOWN_HEIGHT = 128
+"""Small pictures are enlarged to about so many rows of pixels."""
+
+
+def _open_plain(name: str, size: tuple[int, int]) -> Tensor:
+    """(3, *size) uint8 of a picture file.
+
+    Raises:
+        InputError: it cannot be read, or is no picture.
+    """
+    try:
+        return torch.from_numpy(plain(decode_image(Path(name).read_bytes()), size))
+    except OSError as error:
+        raise InputError(f"--image {name}: cannot be read ({error.strerror})") from None
+    except BadImage as bad:
+        raise InputError(f"--image {name}: {bad.reason} ({bad.detail})") from None
+
+
+def _save_png(picture: Image.Image, name: str) -> None:
+    try:
+        picture.save(name, "PNG")
+    except OSError as error:
+        raise SaveError(f"{name}: cannot be written ({error.strerror})") from None
 
 
 # Visual ------------------------------------------------------------------------------------------
@@ -318,6 +393,7 @@ def _run(config: TokenizerRunConfig, opened: Opened) -> None:
         log_every=config.log.every,
     )
     say(f"done: {run_dir / 'visual'}; use it with --tokenizers.visual {run_dir / 'visual'}")
+    say(f"see how its codes are used, and what they look like: vlbeit report {run_dir}")
     world.close()
 
 

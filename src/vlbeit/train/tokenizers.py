@@ -9,11 +9,14 @@ import torch
 
 from vlbeit.config import PretrainConfig
 from vlbeit.data.records import BadSample, RecordSource
+from vlbeit.data.stored_codes import CodeFolder, SourceCodes
 from vlbeit.data.transforms import BadText, clean_text
 from vlbeit.errors import InputError
 from vlbeit.tokens.text import special_tokens_only, train_text_tokenizer
+from vlbeit.tokens.visual import VisualTokenizer
 from vlbeit.train.visual_tokenizer import train_visual_tokenizer
 from vlbeit.types import Stream
+from vlbeit.validate import coded_streams, fixed_streams
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,6 @@ class TokenizerPaths:
         return not self.complete()
 
 
-def needs_codes(config: PretrainConfig) -> bool:
-    """Whether any objective predicts visual codes."""
-    images = config.batch.images > 0 and config.objective.mim > 0
-    return images or (config.batch.pairs > 0 and config.objective.mvlm_image > 0)
-
-
 def find_tokenizers(config: PretrainConfig, checkpoint: Path | None) -> TokenizerPaths:
     """The tokenizers of a run.
 
@@ -54,7 +51,7 @@ def find_tokenizers(config: PretrainConfig, checkpoint: Path | None) -> Tokenize
     Raises:
         InputError: a named one is not there.
     """
-    coded = needs_codes(config)
+    coded = bool(coded_streams(config))
     if checkpoint is not None:
         visual_there = checkpoint / "visual" if coded else None
         return TokenizerPaths(checkpoint / "tokenizer.json", visual_there)
@@ -118,6 +115,35 @@ def train_missing_tokenizers(
             precision=config.precision,
         )
         log(f"visual tokenizer in {paths.visual}")
+
+
+def find_stored_codes(
+    config: PretrainConfig,
+    sources: Mapping[Stream, Sequence[RecordSource]],
+    visual: VisualTokenizer | None,
+    log: Callable[[str], None],
+) -> dict[str, dict[str, SourceCodes]]:
+    """The stored codes by stream and source; empty where `tokenizers.codes` names none.
+
+    A stream with random crops is left to the tokenizer, which the log says.
+
+    Raises:
+        InputError: codes of another tokenizer, picture size or data (`CodeFolder.find`).
+    """
+    if not config.tokenizers.codes or visual is None:
+        return {}
+    folder = CodeFolder.open(config.tokenizers.codes)
+    found = {
+        str(stream): folder.find(group, visual.digest, config.model.image_size)
+        for stream, group in sources.items()
+        if stream in fixed_streams(config)
+    }
+    for stream in coded_streams(config):
+        if stream in found:
+            log(f"codes of the {stream} stream: stored in {folder.folder}")
+        else:
+            log(f"codes of the {stream} stream: by the tokenizer, as its crops are random")
+    return found
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from vlbeit.draws import Draws
 from vlbeit.errors import DataBudgetError, InputError, NonFiniteError, StopRequested
 from vlbeit.nn.weights import BEIT_STD, initialise
 from vlbeit.tokens.quantizer import CodeUse, code_use
-from vlbeit.tokens.teachers import PIXELS, Teacher, build_teacher
+from vlbeit.tokens.teachers import RANDOM, Teacher, build_teacher
 from vlbeit.tokens.visual import VisualTokenizer
 from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
 from vlbeit.train.distributed import World
@@ -41,7 +41,9 @@ START_SAMPLES = 8
 """k-means starts from at least this many patch vectors a code; the use of codes in the log is
 that of the last steps with as many."""
 LOW_USE = 0.5
-"""Below this share of used codes the log raises an alarm."""
+"""Below this share of used codes the log raises an alarm ..."""
+FALLEN_USE = 0.75
+"""... and below this share of the most that this run used: a collapse that has begun."""
 CACHE_BYTES = 512 << 20
 """Decoded pictures kept in memory; a larger set is decoded again at each visit."""
 FINAL_IMAGES = 2048
@@ -184,6 +186,8 @@ def train_visual_tokenizer(
     teacher = build_teacher(config.teacher)
     model = VQKD(config, None if teacher is None else teacher.width)
     _initialise(model, seed)
+    if config.teacher == RANDOM:
+        model.freeze_encoder()
     model.to(device)
     if teacher is not None:
         teacher = teacher.to(device)
@@ -286,7 +290,7 @@ def train_visual_tokenizer(
                     "pictures_per_second": shown_pictures / max(seconds, 1e-9),
                 }
             )
-            if len(recent) == recent.maxlen:
+            if len(recent) == recent.maxlen:  # fewer vectors cannot use every code
                 watch.look(step, steps, use)
             revived, since, shown_pictures = 0, time.monotonic(), 0
         stopping = stop()
@@ -303,7 +307,7 @@ def train_visual_tokenizer(
     facts: dict[str, Any] = {
         "seed": seed,
         "steps": step,
-        "teacher": PIXELS if teacher is None else teacher.digest,
+        "teacher": config.teacher if teacher is None else teacher.digest,
         "training": to_dict(config),
         "sources": {source.name: len(source) for source in sources},
     }
@@ -352,9 +356,11 @@ class _Watch:
         self._config = config
         self._say = say
         self._next = config.warmup_steps
+        self._best = 0.0
 
     def look(self, step: int, steps: int, use: CodeUse) -> None:
-        if step <= self._next or use.used >= LOW_USE:
+        self._best = max(self._best, use.used)
+        if step <= self._next or use.used >= max(LOW_USE, FALLEN_USE * self._best):
             return
         self._next = step + max(1, steps // 10)
         config, remedies = self._config, []
@@ -370,8 +376,9 @@ class _Watch:
         remedies.append("show more varied pictures")
         self._say(
             {
-                "alarm": f"step {step}: only {use.used:.0%} of {config.codes} codes are used, "
-                f"perplexity {use.perplexity:.1f}: the codebook is collapsing. "
+                "alarm": f"step {step}: only {use.used:.0%} of {config.codes} codes are used "
+                f"(at most {self._best:.0%} before), perplexity {use.perplexity:.1f}: the codebook "
+                "is collapsing. "
                 f"Remedies, likely first: {'; '.join(remedies)}",
                 "step": step,
             }
