@@ -66,7 +66,7 @@ def load_task_run(
         task = build_task(config, facts)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = VLBeit(config.model)
+    model = VLBeit(config.model, seed=None)
     head = task.head(model, config.seed)
     model.put_on(head)
     model.load_tensors(checkpoint.model_tensors(), str(checkpoint.folder))

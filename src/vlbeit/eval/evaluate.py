@@ -72,7 +72,7 @@ def load_run(
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device)
-    model = VLBeit(config.model)
+    model = VLBeit(config.model, seed=None)
     model.load_tensors(checkpoint.model_tensors(), str(checkpoint.folder))
     has_codes = (checkpoint.visual_tokenizer / "config.json").is_file()
     return LoadedRun(

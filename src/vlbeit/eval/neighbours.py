@@ -94,7 +94,7 @@ def evaluate_neighbours(
     facts = learn_facts(config, open_task(folders, "task:classification", "train"))
     task = build_task(config, facts)
     text = TextTokenizer.load(checkpoint.text_tokenizer)
-    model = VLBeit(shape)
+    model = VLBeit(shape, seed=0 if scratch else None)
     if not scratch:
         given = checkpoint.model_tensors()
         trunk = {name: t for name, t in given.items() if not name.startswith("task.")}
