@@ -285,7 +285,7 @@ def base_classification() -> FinetuneConfig:
 
 
 def tiny_vqa() -> FinetuneConfig:
-    """Questions about a drawn scene: 93 % right after four minutes (docs/notebook.md).
+    """Questions about a drawn scene: 94 % right (docs/results.md).
 
     vlbeit finetune vqa tiny --start RUN --data DIR --run-dir RUN
     """
