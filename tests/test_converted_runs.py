@@ -62,6 +62,7 @@ def test_a_converted_beit_is_fine_tuned_for_classes_at_another_size(tmp_path, da
             "--text-positions", 16, "--fresh", "text.*", "heads.mlm.*", "*:text")  # fmt: skip
     assert main(["verify", str(tmp_path / "run")]) == 0
     assert main(["inspect", str(tmp_path / "run"), "--json"]) == 0
+    assert vlbeit.load(tmp_path / "run").modes == ("encode_image",)  # it knows no text yet
     run = fine_tuned(
         "classification", tmp_path / "run", data, tmp_path / "classes", image_size=(48, 48)
     )
@@ -81,8 +82,11 @@ def test_a_converted_vlmo_answers_questions_after_fine_tuning(tmp_path, data):
     run = fine_tuned("vqa", tmp_path / "run", data, tmp_path / "vqa")
     assert vlbeit.load(run).answer(noise(1), "which colour")[0].name
     pretrained = vlbeit.load(tmp_path / "run")
-    assert pretrained.modes == ("fill_words", "fill_patches")
-    assert pretrained.fill_words("w1 [MASK] w3", noise(1)).best()
+    # Its heads are fresh: it has vectors for everything and cannot fill in anything.
+    assert pretrained.modes == ("encode_image", "encode_text", "encode_pair", "attention")
+    assert pretrained.encode_pair(noise(1), "w1 w3").shape == (16,)
+    with pytest.raises(ConfigError, match="has no fill_words"):
+        pretrained.fill_words("w1 [MASK] w3", noise(1))
 
 
 def test_a_converted_classifier_is_asked_and_evaluated_as_it_is(tmp_path, data, capsys):

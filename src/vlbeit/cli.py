@@ -40,7 +40,7 @@ VERBS: dict[str, Verb] = {
         "vlbeit.data.prepare:main",
     ),
     "tokenizer": Verb(
-        "make the two tokenizers: train-text train-visual import show",
+        "make the two tokenizers: train-text train-visual import encode show",
         "vlbeit.train.tokenizer_cli:main",
     ),
     "pretrain": Verb(

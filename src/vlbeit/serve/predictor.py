@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlbeit.checkpoint import find_checkpoint
+from vlbeit.convert.folder import RECEIPT
 from vlbeit.data.collate import pad_words
 from vlbeit.data.streams import encode_text
 from vlbeit.data.transforms import (
@@ -40,6 +41,7 @@ from vlbeit.eval.downstream import TaskRun, load_task_run
 from vlbeit.eval.evaluate import LoadedRun, load_run
 from vlbeit.eval.vectors import image_vectors, pair_vectors, text_vectors
 from vlbeit.eval.word_attention import Attended, Layer, word_attention
+from vlbeit.jsonfile import read_json
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.upernet import resize
 from vlbeit.tasks.classification import Classification
@@ -146,6 +148,33 @@ def command_for(method: str) -> str:
     return f"vlbeit finetune {task} --start RUN --data DIR --run-dir NEW"
 
 
+def lacking_of(run: LoadedRun) -> tuple[str, ...]:
+    """The methods of a pretrained run that its training has not shaped.
+
+    A run without a visual tokenizer was trained on words only, but for a converted one: there the
+    receipt says which tensors stand as they were initialised.
+    """
+    receipt = run.folder / RECEIPT
+    if not receipt.is_file():
+        return () if run.visual is not None else ("fill_patches", "encode_image", *PAIRS)
+    tensors = read_json(receipt)["tensors"]
+    fresh = [entry["target"] for entry in tensors if entry["action"] == "initialised"]
+
+    def stands(*parts: str) -> bool:
+        return any(part in f".{name}" for name in fresh for part in parts)
+
+    picture = stands(".image.cls", ".image.proj", ".image.positions", ".experts.v.")
+    words = stands(".text.", ".experts.l.")
+    lacking = {
+        "fill_words": words or stands(".heads.mlm."),
+        "fill_patches": run.visual is None or stands(".image.masked_patch", ".heads.mim."),
+        "encode_image": picture,
+        "encode_text": words,
+        **dict.fromkeys(PAIRS, picture or words or stands(".experts.vl.")),
+    }
+    return tuple(method for method, lacks in lacking.items() if lacks)
+
+
 def load(
     place: str | Path, device: str = "auto", log: Callable[[str], None] = warnings.warn
 ) -> "Predictor":
@@ -192,8 +221,7 @@ class Predictor:
         """The methods that this run can answer."""
         lacking: tuple[str, ...] = ()
         if isinstance(self.run, LoadedRun):
-            if self.run.visual is None:  # trained on words only
-                lacking = ("fill_patches", "encode_image", *PAIRS)
+            lacking = lacking_of(self.run)
         elif isinstance(self.run.head, RetrievalHead) and self.run.head.matching is None:
             lacking = ("rerank", *PAIRS)  # never saw a pair in one pass
         found = MODES.get(self.trained_for, ())
@@ -287,6 +315,7 @@ class Predictor:
             InputError: no [MASK], a text that is empty or too long, or a bad picture.
         """
         run = self._pretrained("fill_words")
+        self._check_mode("fill_words")
         picture = None if image is None else self._pixels([image])[0]
         try:
             return fill.fill_words(run, text, picture, top)
