@@ -28,6 +28,7 @@ REFUSED: list[tuple[str, object, str]] = [
     ("model.init_std", 0.0, "above 0 and below 10"),
     ("model.position_std", 10.0, "above 0 and below 10"),
     ("model.layer_scale", -1e-5, ">= 0"),
+    ("model.text_norm_eps", 1.0, "[0, 1)"),
     ("tokenizers.train_visual.codes", 1, "at least 2"),
     ("tokenizers.train_visual.width", 97, "multiple of tokenizers.train_visual.heads (12)"),
     ("tokenizers.train_visual.image_size", (224, 41), "tokenizers.train_visual.patch (16)"),
