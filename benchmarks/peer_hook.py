@@ -15,9 +15,9 @@ import torch
 
 from vlbeit import __version__
 from vlbeit.config import ModelConfig, ObjectiveConfig, OptimConfig, PretrainConfig
+from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.train.bench_step import Step
-from vlbeit.train.loop import autocast
 from vlbeit.types import STREAMS, Batch, Stream
 
 MOST_PADDING = 0.1
@@ -104,9 +104,11 @@ def make_bench(work: Any, batch: dict[str, dict[str, Any]]) -> dict[str, Any]:
     every = [part for parts in batches.values() for part in parts]
     step = Step(model, every, optimizer, config, device)
 
+    weights = RoundedWeights()  # as an evaluation keeps them from batch to batch
+
     def encoder(parts: list[Batch]) -> Callable[[], None]:
         def encode() -> None:
-            with torch.no_grad(), autocast(device, work.dtype):
+            with torch.no_grad(), weights, autocast(device, work.dtype):
                 for part in parts:
                     model.backbone(embed(model, part))
 

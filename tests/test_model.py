@@ -22,7 +22,7 @@ from tiny_models import (
 from vlbeit.config import ModelConfig, to_dict
 from vlbeit.errors import InputError
 from vlbeit.nn import model as model_module
-from vlbeit.nn.attention import Attention, attend, rollout
+from vlbeit.nn.attention import Attention, attend, rollout, split_heads
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import to_patches
 from vlbeit.nn.model import VLBeit
@@ -203,39 +203,58 @@ def test_rate_zero_ignores_the_draws():
 # ------------------------------------------------------------------------ attention
 
 
-@pytest.mark.parametrize("bias", ["none", "relative", "padding"])
-def test_bf16_attention_by_products_is_the_fused_attention(bias):
+def heads_attend(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    """The definition, in the precision of its input."""
+    batch, length, wide = qkv.shape
+    parts = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(*parts, attn_mask=bias)
+    return mixed.transpose(1, 2).reshape(batch, length, wide // 3)
+
+
+def attention_case(kind: str, length: int) -> tuple[Tensor, Tensor | None]:
+    """(3, L, 3 * 64) queries, keys and values of 4 heads, and a bias with a gradient."""
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(3, 4, 50, 16, generator=generator) for _ in range(3))
-    added = None
-    if bias == "relative":
-        added = torch.randn(1, 4, 50, 50, generator=generator)
-    elif bias == "padding":
-        added = torch.zeros(3, 1, 1, 50)
-        added[1, ..., 40:] = float("-inf")
-    exact = F.scaled_dot_product_attention(query, key, value, attn_mask=added)
-    low = [t.bfloat16() for t in (query, key, value)]
-    products = attend(*low, added).float()
-    fused = F.scaled_dot_product_attention(
-        *low, attn_mask=None if added is None else added.bfloat16()
-    ).float()
+    qkv = torch.randn(3, length, 192, generator=generator)
+    if kind == "relative":
+        return qkv, torch.randn(1, 4, length, length, generator=generator)
+    if kind == "padding":
+        hidden = torch.zeros(3, 1, 1, length)
+        hidden[1, ..., length - 3 :] = float("-inf")
+        return qkv, hidden
+    return qkv, None
+
+
+@pytest.mark.parametrize("length", [7, 50])
+@pytest.mark.parametrize("kind", ["none", "relative", "padding"])
+@pytest.mark.parametrize("learning", [False, True])
+def test_bf16_attention_is_attention(kind, length, learning):
+    qkv, bias = attention_case(kind, length)
+    exact = heads_attend(qkv, 4, bias)
+    low = qkv.bfloat16().requires_grad_(learning)  # a gradient picks the products
+    found = attend(low, 4, bias).detach().float()
     # bf16 keeps 8 bits: scores of size 4 are off by up to 2^-7, values of size 1 by 2^-9
-    assert (products - exact).abs().max() < 0.04
-    assert (products - exact).abs().mean() < 2 * (fused - exact).abs().mean() + 1e-3
-    wrong = attend(low[0], low[1].flip(2), low[2], added).float()
-    assert (wrong - exact).abs().max() > 0.2
+    assert (found - exact).abs().max() < 0.04
+    flipped = torch.cat((low[..., :64], low[..., 64:128].flip(1), low[..., 128:]), dim=-1)
+    assert (attend(flipped, 4, bias).detach().float() - exact).abs().max() > 0.2
 
 
-def test_bf16_attention_has_the_gradients_of_the_fused_attention():
-    generator = torch.Generator().manual_seed(0)
-    exact = [torch.randn(2, 2, 20, 16, generator=generator, requires_grad=True) for _ in range(3)]
-    low = [t.detach().bfloat16().requires_grad_() for t in exact]
-    weight = torch.randn(2, 2, 20, 16, generator=generator)
-    (attend(*exact, None) * weight).sum().backward()
-    (attend(*low, None).float() * weight).sum().backward()
-    for mine, theirs in zip(low, exact, strict=True):
-        scale = theirs.grad.abs().max()
-        assert (mine.grad.float() - theirs.grad).abs().max() < 0.03 * scale
+@pytest.mark.parametrize("kind", ["none", "relative", "padding"])
+def test_bf16_attention_has_the_gradients_of_attention(kind):
+    qkv, bias = attention_case(kind, 20)
+    weight = torch.randn(3, 20, 64, generator=torch.Generator().manual_seed(1))
+    exact, low = qkv.clone().requires_grad_(), qkv.bfloat16().requires_grad_()
+    ours = theirs = bias
+    if kind == "relative":
+        ours, theirs = (bias.clone().requires_grad_() for _ in range(2))
+    (heads_attend(exact, 4, theirs) * weight).sum().backward()
+    (attend(low, 4, ours).float() * weight).sum().backward()
+    # queries, keys and values one by one: an error in the smallest must not hide behind the others
+    pairs = list(zip(low.grad.float().split(64, dim=-1), exact.grad.split(64, dim=-1), strict=True))
+    if kind == "relative":
+        pairs.append((ours.grad, theirs.grad))
+    for mine, true in pairs:
+        assert (mine - true).abs().max() < 0.03 * true.abs().max()
+        assert (mine.flip(1) - true).abs().max() > 0.2 * true.abs().max()
 
 
 def test_a_bf16_step_stays_near_the_fp32_step():
@@ -261,7 +280,7 @@ def test_attention_weights_mix_the_values_to_what_every_layer_gives(stream, rela
         if states.valid is not None:
             assert (found.transpose(1, 3)[~states.valid] == 0).all()
         normed = block.norm1(x)
-        _, _, value = block.attention.queries_keys_values(normed)
+        value = split_heads(block.attention.project(normed), block.attention.heads)[2]
         mixed = torch.matmul(found, value).transpose(1, 2).reshape(x.shape)
         torch.testing.assert_close(mixed, block.attention(normed, bias), atol=1e-5, rtol=1e-4)
     wrong = torch.matmul(weights[0], value).transpose(1, 2).reshape(x.shape)

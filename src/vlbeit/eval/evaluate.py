@@ -24,6 +24,7 @@ from vlbeit.eval.scoring import (
     pair_word_rows,
     text_rows,
 )
+from vlbeit.nn.linear import autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.tokens.visual import VisualTokenizer, load_visual_tokenizer
@@ -136,8 +137,7 @@ def evaluate_run(
     def ask(name: str, rows: Rows, before: int) -> None:
         asked.setdefault(name, Collected()).add(rows, before)
 
-    bf16 = config.precision == "bf16"
-    with torch.no_grad(), torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), autocast(run.device, config.precision):
         for name, stream in streams.items():
             visits = visits_of(stream, samples)
             # The samples stand in a ring: the first one's neighbour is the last one, whatever

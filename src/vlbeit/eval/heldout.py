@@ -12,6 +12,7 @@ from vlbeit.data.order import Visit
 from vlbeit.data.records import BadSample
 from vlbeit.data.streams import SampleStream
 from vlbeit.errors import InputError
+from vlbeit.nn.linear import autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import count_targets, score_batch
 from vlbeit.tokens.text import TextTokenizer
@@ -119,8 +120,7 @@ class HeldOut:
         """{"mlm": {"loss", "count", "accuracy"}, ...}; loss in nats, no dropped paths."""
         model.eval()
         totals: dict[str, Score] = {}
-        bf16 = self._config.precision == "bf16"
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(device, self._config.precision):
             for batch in self.batches():
                 batch = batch.to(device)
                 if self._visual is not None and batch.pixels is not None:

@@ -1,9 +1,9 @@
 """Pixels and words to States: the only place that asks which modalities are there."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vlbeit.nn.linear import Linear
 from vlbeit.nn.positions import resize_grid
 
 
@@ -23,7 +23,7 @@ class ImageEmbed(nn.Module):
             raise ValueError(f"image size {image_size} is not a multiple of the patch {patch}")
         self.patch = patch
         self.native_grid = (image_size[0] // patch, image_size[1] // patch)
-        self.proj = nn.Linear(3 * patch * patch, width)
+        self.proj = Linear(3 * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.masked_patch = nn.Parameter(torch.zeros(width))
         places = self.native_grid[0] * self.native_grid[1]
@@ -39,7 +39,7 @@ class ImageEmbed(nn.Module):
     def forward(self, pixels: Tensor, patch_masked: Tensor | None = None) -> Tensor:
         """(B, 3, height, width), (B, P) bool -> (B, P + 1, D)."""
         rows, columns = self.grid(pixels)
-        x = F.linear(to_patches(pixels, self.patch), self.proj.weight, self.proj.bias)
+        x: Tensor = self.proj(to_patches(pixels, self.patch))
         if patch_masked is not None:
             x = torch.where(patch_masked[..., None], self.masked_patch.to(x.dtype), x)
         x = torch.cat((self.cls.to(x.dtype).expand(len(x), 1, -1), x), dim=1)

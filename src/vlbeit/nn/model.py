@@ -15,6 +15,7 @@ from vlbeit.jsonfile import read_json
 from vlbeit.modelcard import CardFacts, write_card
 from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import ImageEmbed, TextEmbed
+from vlbeit.nn.linear import Linear
 from vlbeit.nn.positions import RelativeBias
 from vlbeit.nn.weights import initialise
 from vlbeit.tensorfile import read_header, read_tensors, write_tensors
@@ -65,8 +66,8 @@ class VLBeit(nn.Module):
         )
         self.heads = nn.ModuleDict(
             {
-                "mlm": nn.Linear(config.width, config.vocab),
-                "mim": nn.Linear(config.width, config.codes),
+                "mlm": Linear(config.width, config.vocab),
+                "mim": Linear(config.width, config.codes),
             }
         )
         self.task: nn.Module | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from vlbeit.nn.attention import Attention
+from vlbeit.nn.linear import Linear
 from vlbeit.types import Modality, Span
 
 
@@ -15,9 +16,9 @@ class Expert(nn.Module):
     def __init__(self, width: int, hidden: int, norm_eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = Linear(width, hidden)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc2(self.act(self.fc1(self.norm(x))))

@@ -19,6 +19,7 @@ from vlbeit.errors import ConfigError
 from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
 from vlbeit.serve.bench_serve import main as bench_serve
+from vlbeit.train.allocator import keep_memory
 from vlbeit.train.bench_data import describe_data, measure_data
 from vlbeit.train.bench_step import BenchConfig, describe_step, measure_step
 from vlbeit.train.distributed import use_deterministic_kernels
@@ -31,6 +32,8 @@ def main(argv: list[str]) -> int:
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
     bench = parse(words, f"vlbeit bench {kind}")
     use_deterministic_kernels()  # as every run does
+    if bench.device.type == "cpu":
+        keep_memory()
     if kind == "data":
         report, text = measure_data(bench), describe_data
     else:

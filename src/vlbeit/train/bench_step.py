@@ -25,11 +25,12 @@ from vlbeit.data.order import Visit
 from vlbeit.data.streams import PictureSettings, WordSettings
 from vlbeit.draws import Draws
 from vlbeit.nn.flops import training_flops
+from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
 from vlbeit.tokens.text import SPECIALS, TextTokenizer
 from vlbeit.train.limit import matrix_limit, synchronize
-from vlbeit.train.loop import Learner, autocast, memory_mb
+from vlbeit.train.loop import Learner, memory_mb
 from vlbeit.train.optim import build_optimizer
 from vlbeit.types import STREAMS, Batch, Stream
 
@@ -121,11 +122,12 @@ class Step:
     def __call__(self) -> float:
         """Forward and backward per micro-batch, then the update; returns the loss."""
         total = 0.0
-        for batch in self.batches:
-            with autocast(self.device, self.precision):
-                loss, _ = self.learner(batch, self.factors, touch=False)
-            loss.backward()
-            total += float(loss.detach())
+        with RoundedWeights():
+            for batch in self.batches:
+                with autocast(self.device, self.precision):
+                    loss, _ = self.learner(batch, self.factors, touch=False)
+                loss.backward()
+                total += float(loss.detach())
         if self.clip:
             nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
         self.optimizer.step()

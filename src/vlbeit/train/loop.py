@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.data.loader import Cursors, SkipBudget, StepData, StepLoader
 from vlbeit.errors import NonFiniteError, StopRequested
+from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.train.distributed import World
 from vlbeit.train.optim import lr_at, set_lr
@@ -153,11 +154,13 @@ def train(run: Run[B]) -> None:
         factors, skipped = global_factors(run, batches, data)
         scores = {name: Score.zero(world.device) for name in learning.weights}
         micro: list[B | None] = [*batches] or [None]
+        weights = RoundedWeights()  # the same for all micro-batches of a step
         for number, batch in enumerate(micro):
             last = number == len(micro) - 1
             if batch is not None:
                 batch = learning.prepare(batch)
             with contextlib.ExitStack() as stack:
+                stack.enter_context(weights)
                 if isinstance(trained, DistributedDataParallel) and not last:
                     stack.enter_context(trained.no_sync())
                 with autocast(world.device, config.precision):
@@ -167,6 +170,8 @@ def train(run: Run[B]) -> None:
                     (loss * world.size).backward()
             for name, score in part.items():
                 scores[name] = scores[name] + score.detach()
+
+        del weights
 
         # ---- guard and update
         limit = config.optim.clip or float("inf")
@@ -227,11 +232,6 @@ def closing(steps: Iterator[StepData[B]]) -> Iterator[StepData[B]]:
         close = getattr(steps, "close", None)
         if close is not None:
             close()
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bf16 products with fp32 weights; losses and softmax stay in fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def flag_over_ranks(world: World, flag: bool) -> int:

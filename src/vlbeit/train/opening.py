@@ -30,6 +30,7 @@ from vlbeit.data.loader import SkipBudget, StepLoader
 from vlbeit.data.records import RecordSource
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
+from vlbeit.train.allocator import keep_memory
 from vlbeit.train.distributed import World, init_world, set_threads, use_deterministic_kernels
 from vlbeit.train.loop import Learning, MicroBatch, Progress, Run, train
 from vlbeit.train.optim import load_optimizer_tensors, optimizer_tensors
@@ -110,6 +111,8 @@ def open_run(config: RunConfig) -> Iterator[Opened]:
     world = init_world(config.device, config.runtime.step_timeout)
     threads = set_threads(config.runtime.threads, world.local_size)
     use_deterministic_kernels()
+    if world.device.type == "cpu":
+        keep_memory()
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if world.main else None
     log: Callable[[str], None] = folder.log if folder is not None else (lambda text: None)

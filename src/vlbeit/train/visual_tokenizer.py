@@ -20,6 +20,7 @@ from vlbeit.data.records import BadSample, RecordSource
 from vlbeit.data.transforms import BadImage, augment, decode_image, plain
 from vlbeit.draws import Draws
 from vlbeit.errors import DataBudgetError, InputError, NonFiniteError, StopRequested
+from vlbeit.nn.linear import autocast
 from vlbeit.nn.weights import BEIT_STD, initialise
 from vlbeit.tokens.quantizer import CodeUse, code_use
 from vlbeit.tokens.teachers import RANDOM, Teacher, build_teacher
@@ -250,7 +251,7 @@ def train_visual_tokenizer(
         codes = torch.zeros(0, dtype=torch.int64, device=device)
         values = torch.zeros(4, device=device)
         if len(pixels):  # a rank's whole part may have been bad
-            with torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16"):
+            with autocast(torch.device(device), precision):
                 features = None if teacher is None else _features(teacher, model, pixels)
                 losses = model(pixels, features, coded=coded)
             # The mean over the pictures of all ranks, which may hold different numbers of them.
