@@ -6,7 +6,6 @@ Kills, signals, full disks and several processes are in tests/faults.
 
 import json
 import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,17 @@ import pytest
 import torch
 
 from toy_records import image_source, pair_source, text_source, toy_tokenizer
-from toy_run import TOY, changed, copied, losses, rows, toy_run, write_dataset, write_toy_data
+from toy_run import (
+    TOY,
+    changed,
+    copied,
+    losses,
+    rows,
+    toy_run,
+    training_here,
+    write_dataset,
+    write_toy_data,
+)
 from vlbeit.checkpoint import list_checkpoints, load_newest, open_checkpoint
 from vlbeit.data.loader import build_streams, open_streams
 from vlbeit.data.order import Visit
@@ -35,22 +44,15 @@ PATCHES = 6  # hidden ones of 16, by masking.image
 
 
 @pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run takes over signals and kernels of its process, for good; and it measures the machine
-    at its start, for half a second."""
-    monkeypatch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+def process_as_before() -> Iterator[None]:
+    with training_here():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
         yield
 
 
