@@ -1,7 +1,8 @@
-"""`vlbeit bench`: what a pretraining step costs on this machine, its data, and an answer.
+"""`vlbeit bench`: what a pretraining step costs on this machine, its data, an answer, a whole run.
 
     vlbeit bench [step] [--recipe base] [--samples 4] [--threads N] [--precision bf16] [--json]
     vlbeit bench data   [--recipe base] [--samples 4] [--threads N] [--json]
+    vlbeit bench plan   [--recipe base] --gpus N (--measured JSON | --peak-tflops P --share S)
     vlbeit bench serve RUN ...: see `vlbeit bench serve --help`
 
 Every setting of a recipe can be given too, such as `--objective.mvlm joint`.
@@ -20,6 +21,7 @@ from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
 from vlbeit.serve.bench_serve import main as bench_serve
 from vlbeit.train.bench_data import describe_data, measure_data
+from vlbeit.train.bench_plan import main as bench_plan
 from vlbeit.train.bench_step import BenchConfig, describe_step, measure_step
 from vlbeit.train.distributed import use_deterministic_kernels
 
@@ -28,6 +30,8 @@ def main(argv: list[str]) -> int:
     """Run one benchmark and print it, as text or as one JSON object."""
     if argv[:1] == ["serve"]:
         return bench_serve(argv[1:])
+    if argv[:1] == ["plan"]:
+        return bench_plan(argv[1:])
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
     bench = parse(words, f"vlbeit bench {kind}")
     use_deterministic_kernels()  # as every run does
