@@ -35,7 +35,7 @@ from vlbeit.errors import ConfigError, DataBudgetError, InputError, NonFiniteErr
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, score_batch
 from vlbeit.train import loop
-from vlbeit.types import Batch, Score
+from vlbeit.types import STREAMS, Batch, Score
 
 IMAGES_ONLY = {"batch.texts": 0, "batch.pairs": 0}
 TEXTS_ONLY = {"batch.images": 0, "batch.pairs": 0}
@@ -109,12 +109,15 @@ def test_every_step_has_one_row_with_the_promised_keys(ten: Path) -> None:
         assert set(row) == {
             "step", "loss", "objectives", "lr", "grad_norm", "seconds", "waited",
             "samples_per_second", "tokens_per_second", "limit_share", "memory_mb",
+            "activation_mb",
         }  # fmt: skip
         assert list(row["objectives"]) == list(OBJECTIVES)
         for score in row["objectives"].values():
             assert set(score) == {"loss", "count", "accuracy"}
             assert score["loss"] > 0 and 0 <= score["accuracy"] <= 1 and score["count"] > 0
         assert row["grad_norm"] > 0 and row["samples_per_second"] > 0 and row["memory_mb"] > 50
+        assert set(row["activation_mb"]) == set(STREAMS)  # empty where malloc is not glibc's
+        assert all(0.1 < mb < 50 for mb in row["activation_mb"].values())
     assert [row["lr"] for row in found[:3]] == [1e-3, 2e-3, pytest.approx(2e-3, rel=0.01)]
 
 
