@@ -3,6 +3,7 @@
     vlbeit bench [step] [--recipe base] [--samples 4] [--threads N] [--precision bf16] [--json]
     vlbeit bench data   [--recipe base] [--samples 4] [--threads N] [--json]
     vlbeit bench plan   [--recipe base] --gpus N (--measured JSON | --peak-tflops P --share S)
+    vlbeit bench growth [--plot PNG] [--json]
     vlbeit bench serve RUN ...: see `vlbeit bench serve --help`
 
 Every setting of a recipe can be given too, such as `--objective.mvlm joint`.
@@ -21,6 +22,7 @@ from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
 from vlbeit.serve.bench_serve import main as bench_serve
 from vlbeit.train.bench_data import describe_data, measure_data
+from vlbeit.train.bench_growth import main as bench_growth
 from vlbeit.train.bench_plan import main as bench_plan
 from vlbeit.train.bench_step import BenchConfig, describe_step, measure_step
 from vlbeit.train.distributed import use_deterministic_kernels
@@ -32,6 +34,8 @@ def main(argv: list[str]) -> int:
         return bench_serve(argv[1:])
     if argv[:1] == ["plan"]:
         return bench_plan(argv[1:])
+    if argv[:1] == ["growth"]:
+        return bench_growth(argv[1:])
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
     bench = parse(words, f"vlbeit bench {kind}")
     use_deterministic_kernels()  # as every run does

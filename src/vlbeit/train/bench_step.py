@@ -28,6 +28,7 @@ from vlbeit.nn.flops import training_flops
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
 from vlbeit.tokens.text import SPECIALS, TextTokenizer
+from vlbeit.train.block_settings import set_blocks
 from vlbeit.train.limit import matrix_limit, synchronize
 from vlbeit.train.loop import Learner, autocast
 from vlbeit.train.memory import ActivationMemory, memory_mb
@@ -122,29 +123,42 @@ class Step:
 
     def __call__(self) -> float:
         """Forward and backward per micro-batch, then the update; returns the loss."""
-        total = 0.0
+        losses = []
         for batch in self.batches:
             with self.held.forward(batch.stream), autocast(self.device, self.precision):
                 loss, _ = self.learner(batch, self.factors, touch=False)
             loss.backward()
-            total += float(loss.detach())
+            losses.append(loss.detach())
         if self.clip:
             nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return float(torch.stack(losses).sum())  # the one place that waits for the device
 
 
 def build_step(bench: BenchConfig) -> tuple[Step, VLBeit]:
     """A fresh model of the recipe's size with a step on random inputs of all three streams."""
     config, device = bench.run, bench.device
     model = VLBeit(config.model, config.seed).to(device).train()
-    model.backbone.checkpoint_activations = config.runtime.checkpoint_activations
+    set_blocks(model, config.runtime, device)
     # A schedule has no meaning here; a rate of 0 would let the update skip no work either.
     optim = replace(config.optim, lr=config.optim.min_lr)
     optimizer = build_optimizer(model, optim, config.model.layers)
     batches = [random_batch(name, config.batch.micro, config).to(device) for name in STREAMS]
     return Step(model, batches, optimizer, config, device), model
+
+
+def needed_flops(config: PretrainConfig, batches: Sequence[Batch]) -> int:
+    """Useful arithmetic of a step on these micro-batches (nn/flops.py)."""
+    return sum(
+        training_flops(
+            config.model,
+            batch,
+            views(config.objective) if batch.stream == "pair" else 1,
+            count_targets(batch, config.objective),
+        )
+        for batch in batches
+    )
 
 
 def measure_step(bench: BenchConfig) -> dict[str, Any]:
@@ -162,15 +176,7 @@ def measure_step(bench: BenchConfig) -> dict[str, Any]:
         took.append(Took(step, device))
     limit = max(limits)
     seconds = statistics.median(t.wall for t in took)
-    flops = sum(
-        training_flops(
-            config.model,
-            batch,
-            views(config.objective) if batch.stream == "pair" else 1,
-            count_targets(batch, config.objective),
-        )
-        for batch in step.batches
-    )
+    flops = needed_flops(config, step.batches)
     report: dict[str, Any] = {
         **machine(device),
         "recipe": config.recipe,

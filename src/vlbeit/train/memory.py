@@ -36,7 +36,7 @@ def _mallinfo2() -> Callable[[], _Mallinfo2] | None:
     except (OSError, AttributeError):
         return None
     found.restype = _Mallinfo2
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def held_bytes(device: torch.device) -> int | None:
