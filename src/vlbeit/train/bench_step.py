@@ -56,6 +56,10 @@ class BenchConfig:
     steps: int
     device: torch.device
     as_json: bool
+    find_micro: bool = False
+    """Try micro-batches of several sizes, not only that of `run`."""
+    peak_flops: float = 0.0
+    """Of the device, as its maker states it; 0: not stated, and no MFU is given."""
 
 
 def random_batch(stream: Stream, count: int, config: PretrainConfig) -> Batch:
@@ -197,6 +201,8 @@ def measure_step(bench: BenchConfig) -> dict[str, Any]:
         "activation_mb": step.held.mb(),
         "memory_mb": memory_mb(device),
     }
+    if bench.peak_flops:
+        report["mfu"] = round(flops / seconds / bench.peak_flops, 4)
     if by_processor:
         processor = statistics.median(t.processor for t in took)
         report["step_cpu_seconds"] = round(processor, 4)
@@ -249,6 +255,8 @@ def describe_step(report: dict[str, Any]) -> str:
         ("limit", f"{report['limit_gflops']:.0f} GFLOP/s in plain matrix products"),
         ("share", f"{100 * report['limit_share']:.1f} % of the limit"),
     ]
+    if "mfu" in report:
+        lines.append(("MFU", f"{100 * report['mfu']:.1f} % of the stated peak"))
     if "limit_share_cpu" in report:
         share, seconds = 100 * report["limit_share_cpu"], report["step_cpu_seconds"]
         limit = report["limit_cpu_gflops"]
