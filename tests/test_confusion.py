@@ -2,17 +2,16 @@
 
 import json
 import re
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tiny_tasks import CONFIGS
+from toy_run import training_here
 from toy_tasks import TOYS, VAL, toy_finetune, write_start, write_tasks
 from vlbeit.cli import main
 from vlbeit.errors import ConfigError, SaveError
@@ -53,19 +52,13 @@ def test_tasks_without_classes_and_too_many_classes_have_none() -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with runs: start, vqa, classification."""
     folder = tmp_path_factory.mktemp("runs")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for module in ("pretrain", "finetune"):
-            patch.setattr(f"vlbeit.train.{module}.matrix_limit", lambda *_: 1e11)
         data = write_tasks(folder / "data")
         start = write_start(folder / "start", data)
         for task in ("vqa", "classification"):
             toy_finetune(task, start, data, folder / task, {"max_steps": 1, "save_every": 1})
     yield folder
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
 
 
 def test_the_command_draws_it_and_prints_its_counts(runs, tmp_path, capsys) -> None:

@@ -4,7 +4,6 @@ run takes from its start, what it refuses, and that both tasks learn."""
 import json
 import math
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_models import gradients
-from toy_run import losses, rows
+from toy_run import losses, rows, training_here
 from toy_tasks import MODEL, TOYS, TRAIN, VAL, toy_config, toy_finetune, write_start, write_tasks
 from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.cli import main
@@ -36,14 +35,9 @@ every_task = pytest.mark.parametrize("task", TOYS)
 
 
 @pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run takes over signals and kernels of its process; and it measures the machine."""
-    monkeypatch.setattr("vlbeit.train.finetune.matrix_limit", lambda *_: 1e11)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+def process_as_before() -> Iterator[None]:
+    with training_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +47,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
         yield write_start(tmp_path_factory.mktemp("runs") / "start", data)
 
 

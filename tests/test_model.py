@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tiny_models import (
     tiny_model,
 )
 from vlbeit.config import ModelConfig, to_dict
+from vlbeit.draws import Draws
 from vlbeit.errors import InputError
 from vlbeit.nn import model as model_module
 from vlbeit.nn.attention import Attention, attend, rollout, split_heads
@@ -27,6 +29,7 @@ from vlbeit.nn.backbone import Backbone
 from vlbeit.nn.embed import to_patches
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.mome import Block
+from vlbeit.nn.weights import PIECE, truncated_normal
 from vlbeit.types import Modality, Span, States
 
 STREAMS = ("image", "text", "pair")
@@ -471,6 +474,35 @@ def test_matrices_start_truncated_normal_and_vectors_at_rest():
             assert abs(values.mean().item()) < 5 * std / math.sqrt(values.numel()), name
             checked.add(leaf if not rescaled else "rescaled")
     assert checked == {"weight", "positions", "cls", "masked_patch", "rescaled"}
+
+
+def quantile_error(values: torch.Tensor) -> float:
+    """Largest distance of the values from the quantiles of a normal cut at one standard deviation,
+    in standard deviations."""
+    normal = NormalDist()
+    places = (torch.arange(len(values)) + 0.5) / len(values)
+    inside = normal.cdf(-1) + places * (normal.cdf(1) - normal.cdf(-1))
+    wanted = torch.tensor([normal.inv_cdf(p) for p in inside.tolist()])
+    return (values.sort().values - wanted).abs().max().item()
+
+
+def test_fresh_weights_follow_the_distribution_function_of_a_cut_normal():
+    values = torch.empty(3 * PIECE + 77)
+    truncated_normal(values, 1.0, Draws("values"))
+    assert quantile_error(values) < 0.02
+    assert quantile_error(torch.randn(len(values)).clamp(-1, 1)) > 0.1
+    assert len(values.unique()) > 0.99 * len(values)  # no piece is drawn twice
+
+
+def test_fresh_weights_are_the_same_on_any_number_of_threads():
+    made = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        values = torch.empty(10 * PIECE + 3)
+        truncated_normal(values, 0.02, Draws("values"))
+        made.append(values)
+    torch.set_num_threads(1)
+    assert torch.equal(*made)
 
 
 def test_every_expert_of_a_block_is_rescaled():

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from test_transforms import CASES
 from tiny_run import caption_of, grey_png, tiny_run, write_world
 from tiny_tasks import CONFIGS, batch_of, block_picture, toy_task
 from tiny_tasks import write_tasks as write_other_tasks
+from toy_run import training_here
 from toy_tasks import VAL, toy_finetune, write_start, write_tasks
 from untrained_run import COLOURS, noise, png, retrieval, untrained
 from vlbeit.cli import main
@@ -627,18 +627,12 @@ def test_a_confusion_matrix_is_darker_where_more_are():
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with runs: start, vqa, classification."""
     folder = tmp_path_factory.mktemp("runs")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for module in ("pretrain", "finetune"):
-            patch.setattr(f"vlbeit.train.{module}.matrix_limit", lambda *_: 1e11)
         start = write_start(folder / "start", data)
         for task in ("vqa", "classification"):
             toy_finetune(task, start, data, folder / task, {"max_steps": 2, "save_every": 2})
     yield folder
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
 
 
 def test_the_command_says_what_python_says(trained, tmp_path, capsys):

@@ -6,7 +6,6 @@ Kills, signals, full disks and several processes are in tests/faults.
 
 import json
 import shutil
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,17 @@ import pytest
 import torch
 
 from toy_records import image_source, pair_source, text_source, toy_tokenizer
-from toy_run import TOY, changed, copied, losses, rows, toy_run, write_dataset, write_toy_data
+from toy_run import (
+    TOY,
+    changed,
+    copied,
+    losses,
+    rows,
+    toy_run,
+    training_here,
+    write_dataset,
+    write_toy_data,
+)
 from vlbeit.checkpoint import list_checkpoints, load_newest, open_checkpoint
 from vlbeit.data.loader import build_streams, open_streams
 from vlbeit.data.order import Visit
@@ -26,7 +35,7 @@ from vlbeit.errors import ConfigError, DataBudgetError, InputError, NonFiniteErr
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, score_batch
 from vlbeit.train import loop
-from vlbeit.types import Batch, Score
+from vlbeit.types import STREAMS, Batch, Score
 
 IMAGES_ONLY = {"batch.texts": 0, "batch.pairs": 0}
 TEXTS_ONLY = {"batch.images": 0, "batch.pairs": 0}
@@ -35,22 +44,15 @@ PATCHES = 6  # hidden ones of 16, by masking.image
 
 
 @pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run takes over signals and kernels of its process, for good; and it measures the machine
-    at its start, for half a second."""
-    monkeypatch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+def process_as_before() -> Iterator[None]:
+    with training_here():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
         yield
 
 
@@ -107,12 +109,15 @@ def test_every_step_has_one_row_with_the_promised_keys(ten: Path) -> None:
         assert set(row) == {
             "step", "loss", "objectives", "lr", "grad_norm", "seconds", "waited",
             "samples_per_second", "tokens_per_second", "limit_share", "memory_mb",
+            "activation_mb",
         }  # fmt: skip
         assert list(row["objectives"]) == list(OBJECTIVES)
         for score in row["objectives"].values():
             assert set(score) == {"loss", "count", "accuracy"}
             assert score["loss"] > 0 and 0 <= score["accuracy"] <= 1 and score["count"] > 0
         assert row["grad_norm"] > 0 and row["samples_per_second"] > 0 and row["memory_mb"] > 50
+        assert set(row["activation_mb"]) == set(STREAMS)  # empty where malloc is not glibc's
+        assert all(0.1 < mb < 50 for mb in row["activation_mb"].values())
     assert [row["lr"] for row in found[:3]] == [1e-3, 2e-3, pytest.approx(2e-3, rel=0.01)]
 
 

@@ -1,17 +1,15 @@
 """`vlbeit finetune retrieval` and `vlbeit eval` end to end: resume, batch size, what is told."""
 
 import json
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tiny_run import grey_png
-from toy_run import losses, rows
+from toy_run import losses, rows, training_here
 from toy_tasks import ASK, write_start
 from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.cli import main
@@ -37,13 +35,9 @@ def captions_of(index: int) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("vlbeit.train.finetune.matrix_limit", lambda *_: 1e11)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+def process_as_before() -> Iterator[None]:
+    with training_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +66,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
         yield write_start(tmp_path_factory.mktemp("runs") / "start", data)
 
 

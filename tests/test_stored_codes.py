@@ -4,7 +4,6 @@ import hashlib
 import json
 import pickle
 import shutil
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from toy_records import image_source, pair_source, toy_tokenizer
-from toy_run import TOY, losses, rows, toy_codes, toy_run, write_toy_data
+from toy_run import TOY, losses, rows, toy_codes, toy_run, training_here, write_toy_data
 from vlbeit.config import CropConfig
 from vlbeit.data.loader import build_streams, open_streams
 from vlbeit.data.order import Visit
@@ -29,14 +28,9 @@ BOTH_WHOLE = {f"input.{stream}": WHOLE for stream in ("images", "pairs")}
 
 
 @pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run takes over signals and kernels of its process, and measures the machine."""
-    monkeypatch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+def process_as_before() -> Iterator[None]:
+    with training_here():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,14 @@
 """`vlbeit eval RUN --submission FILE`: the official results file of VQA v2."""
 
 import json
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tiny_run import SHADES, grey_png
+from toy_run import training_here
 from toy_tasks import questions_of, shade_of, toy_finetune, write_start, write_tasks
 from vlbeit.cli import main
 from vlbeit.data.dataset import Dataset, SourceInfo
@@ -23,17 +22,11 @@ Ask = Callable[[int, dict[str, Any]], dict[str, Any]]
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of the VQA task on shades of grey."""
     folder = tmp_path_factory.mktemp("runs")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        for module in ("pretrain", "finetune"):
-            patch.setattr(f"vlbeit.train.{module}.matrix_limit", lambda *_: 1e11)
         data = write_tasks(folder / "shades")
         start = write_start(folder / "start", data)
         yield toy_finetune("vqa", start, data, folder / "vqa", {"max_steps": 24, "save_every": 24})
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
 
 
 def number_them(place: int, question: dict[str, Any]) -> dict[str, Any]:

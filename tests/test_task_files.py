@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from tiny_tasks import (
     write_start,
     write_tasks,
 )
-from toy_run import losses, rows
+from toy_run import losses, rows, training_here
 from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.config import finetune_config, to_dict
 from vlbeit.data.order import Visit
@@ -43,14 +42,9 @@ with_text = pytest.mark.parametrize("task", ["statements", "entailment"])
 
 
 @pytest.fixture(autouse=True)
-def process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A run takes over signals and kernels of its process; and it measures the machine."""
-    monkeypatch.setattr("vlbeit.train.finetune.matrix_limit", lambda *_: 1e11)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+def process_as_before() -> Iterator[None]:
+    with training_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
+    with training_here():
         yield write_start(tmp_path_factory.mktemp("runs") / "start", data)
 
 

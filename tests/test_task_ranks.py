@@ -4,7 +4,6 @@ Two ranks are started by torchrun over gloo, as a user would; scenes are drawn f
 """
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import vlbeit
 from tiny_tasks import MODEL, write_start
-from toy_run import losses, rows
+from toy_run import losses, rows, training_here
 from vlbeit.checkpoint import find_checkpoint
 from vlbeit.cli import main
 from vlbeit.eval.downstream import evaluate_task, load_task_run
@@ -41,15 +39,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     model = replace(MODEL, image_size=(40, 40), vocab=512, text_positions=40)
-    with pytest.MonkeyPatch.context() as patch:
+    with training_here(), pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLBEIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("vlbeit.train.pretrain.matrix_limit", lambda *_: 1e11)
         yield write_start(tmp_path_factory.mktemp("runs") / "start", scenes, model)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
 
 
 def finetuned(task: str, start: Path, scenes: Path, run_dir: Path, ranks: int, *more: str) -> Path:

@@ -2,19 +2,18 @@
 
 import json
 import re
-import signal
 import sys
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import vlbeit.config
 import vlbeit.recipes
 from tiny_run import grey_png
 from tiny_tasks import MODEL, write_start
+from toy_run import training_here
 from vlbeit.cli import main
 from vlbeit.config import TextTokenizerConfig
 from vlbeit.data.dataset import Dataset, SourceInfo
@@ -47,17 +46,12 @@ def installed(blocks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     recipes["FINETUNE"] = added = {}
     exec(compile(recipe, "docs/tasks.md: recipe", "exec"), recipes)
     monkeypatch.setitem(vlbeit.recipes.FINETUNE, "counting", added["counting"])
-    for name in ("finetune", "pretrain"):
-        monkeypatch.setattr(f"vlbeit.train.{name}.matrix_limit", lambda *_: 1e11)
 
 
 @pytest.fixture(autouse=True)
 def process_as_before():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    torch.use_deterministic_algorithms(False)
+    with training_here():
+        yield
 
 
 def write_counting(folder: Path) -> Path:

@@ -6,11 +6,14 @@ a training loop asks of it.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -32,6 +35,24 @@ from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
 from vlbeit.train.pretrain import pretrain
 
 CODES = 16
+
+
+@contextmanager
+def training_here() -> Iterator[None]:
+    """For runs in this process: they do not measure the machine at their start, for half a second,
+    and what they take over for good, signals and kernels, is given back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("pretrain", "finetune"):
+            patch.setattr(f"vlbeit.train.{module}.matrix_limit", lambda *_: 1e11)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.use_deterministic_algorithms(False)
+
+
 TOY = replace(
     CONFIG,
     device="cpu",

@@ -174,61 +174,41 @@ def save_checkpoint(
     """
     root = run_dir / "checkpoints"
     folder = root / checkpoint_name(step)
-    temporary = root / (_TEMPORARY + folder.name)
     needed = tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors) + SMALL_FILES
-    with _translated(folder, needed):
-        _fault("before_temp")
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        try:
-            text_tokenizer.save(temporary)
-            if visual_tokenizer is not None:
-                visual_tokenizer.save(temporary / VISUAL_TOKENIZER)
-            written = {name: _digest_of(temporary / name) for name in _names(temporary)}
-            free = free_bytes(root)
-            if free < needed:
-                raise SaveError(_no_room(folder, needed, free))
-            written[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
-            _fault("mid_write")
-            written[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
-            for name, content in {
-                "config.json": config,
-                "state.json": {**state, "step": step},
-                "preprocessor.json": preprocessor,
-                **files,
-            }.items():
-                written[name] = _write(temporary / name, _json_bytes(content))
-            _fault("before_fsync")
-            for name in written:
-                _sync(temporary / name)
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION,
-                "step": step,
-                "world_size": world_size,
-                "threads": threads,
-                "rng": RNG_SCHEME,
-                "cursors": state["cursors"],
-                "config_digest": config_digest(dict(config)),
-                "tokenizer_digests": {
-                    "text": text_tokenizer.digest,
-                    "visual": None if visual_tokenizer is None else visual_tokenizer.digest,
-                },
-                "files": written,
-            }
-            _write(temporary / MANIFEST, _manifest_bytes(manifest))
-            for inside in (temporary / MANIFEST, temporary / VISUAL_TOKENIZER, temporary):
-                if inside.exists():
-                    _sync(inside)
-            _fault("before_rename")
-            _put_in_place(temporary, folder)
-        except BaseException:
-            # Half a checkpoint on a full disk would also take the room that the log needs.
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        _fault("after_rename")
-        _sync(root)
+    with _written_aside(folder, needed) as temporary:
+        text_tokenizer.save(temporary)
+        if visual_tokenizer is not None:
+            visual_tokenizer.save(temporary / VISUAL_TOKENIZER)
+        written = {name: _digest_of(temporary / name) for name in _names(temporary)}
+        free = free_bytes(root)
+        if free < needed:
+            raise SaveError(_no_room(folder, needed, free))
+        written[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
+        _fault("mid_write")
+        written[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
+        for name, content in {
+            "config.json": config,
+            "state.json": {**state, "step": step},
+            "preprocessor.json": preprocessor,
+            **files,
+        }.items():
+            written[name] = _write(temporary / name, _json_bytes(content))
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "step": step,
+            "world_size": world_size,
+            "threads": threads,
+            "rng": RNG_SCHEME,
+            "cursors": state["cursors"],
+            "config_digest": config_digest(dict(config)),
+            "tokenizer_digests": {
+                "text": text_tokenizer.digest,
+                "visual": None if visual_tokenizer is None else visual_tokenizer.digest,
+            },
+            "files": written,
+        }
+        _write(temporary / MANIFEST, _manifest_bytes(manifest))
     report = verify_checkpoint(folder)
     if not report["ok"]:
         raise SaveError(
@@ -263,41 +243,59 @@ def copy_checkpoint(
     """
     if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise ConfigError(f"{out}: holds something else; choose a folder that does not exist")
-    temporary = out.with_name(_TEMPORARY + out.name)
     replaced = {"config.json": _json_bytes(config), "state.json": _json_bytes(state), **files}
     written: dict[str, dict[str, Any]] = {}
     needed = sum(f["size"] for name, f in source.manifest["files"].items() if name != OPTIMIZER)
-    with _translated(out, needed + SMALL_FILES):
-        out.parent.mkdir(parents=True, exist_ok=True)
+    with _written_aside(out, needed + SMALL_FILES) as temporary:
+        for name, wanted in source.manifest["files"].items():
+            if name == OPTIMIZER or name in replaced:
+                continue
+            if _found(source.folder, name).get("found_sha256") != wanted["sha256"]:
+                raise InputError(
+                    f"{source.folder / name}: is not what the manifest says; see "
+                    f"`vlbeit verify {source.folder}`"
+                )
+            (temporary / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, temporary / name)
+            written[name] = _digest_of(temporary / name)
+        for name, content in replaced.items():
+            written[name] = _write(temporary / name, content)
+        manifest = {
+            **{key: value for key, value in source.manifest.items() if key != "digest"},
+            "config_digest": config_digest(_settings(config)),
+            "files": written,
+        }
+        _write(temporary / MANIFEST, _manifest_bytes(manifest))
+    return out
+
+
+@contextmanager
+def _written_aside(folder: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder to fill. Then everything in it is fsynced and it takes the name `folder`;
+    if anything fails it is removed, and what was at `folder` stays.
+
+    Args:
+        needed: bytes, for the message about a full disk.
+    """
+    temporary = folder.with_name(_TEMPORARY + folder.name)
+    with _translated(folder, needed):
+        _fault("before_temp")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            for name, wanted in source.manifest["files"].items():
-                if name == OPTIMIZER or name in replaced:
-                    continue
-                if _found(source.folder, name).get("found_sha256") != wanted["sha256"]:
-                    raise InputError(
-                        f"{source.folder / name}: is not what the manifest says; see "
-                        f"`vlbeit verify {source.folder}`"
-                    )
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source.folder / name, temporary / name)
-                written[name] = _digest_of(temporary / name)
-            for name, content in replaced.items():
-                written[name] = _write(temporary / name, content)
-            manifest = {
-                **{key: value for key, value in source.manifest.items() if key != "digest"},
-                "config_digest": config_digest(_settings(config)),
-                "files": written,
-            }
-            _write(temporary / MANIFEST, _manifest_bytes(manifest))
-            for name in (*written, MANIFEST):
-                _sync(temporary / name)
-            _put_in_place(temporary, out)
+            yield temporary
+            _fault("before_fsync")
+            for inside in (*temporary.rglob("*"), temporary):
+                _sync(inside)
+            _fault("before_rename")
+            _put_in_place(temporary, folder)
         except BaseException:
+            # Half a checkpoint on a full disk would also take the room that the log needs.
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return out
+        _fault("after_rename")
+        _sync(folder.parent)
 
 
 SQUASHED = "bicubic, squashed to image_size"

@@ -84,7 +84,7 @@ VERBS: dict[str, Verb] = {
         "vlbeit.serve.export_hf:main",
     ),
     "bench": Verb(
-        "time a pretraining step, the data loading or the server on this machine",
+        "time a step, the data loading or the server; plan a run's time and cost",
         "vlbeit.train.bench:main",
     ),
     "doctor": Verb(

@@ -260,6 +260,8 @@ class RuntimeConfig:
     """CPU threads a rank; 0: cores divided by ranks on this host."""
     checkpoint_activations: bool = False
     """Recompute each block in the backward pass: less memory, about 1.3 x the time."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile each block. auto: on a GPU; on a CPU it takes minutes and gains nothing."""
     step_timeout: float = 600.0
     """Seconds a rank waits for the others before it gives up with exit code 71."""
 

@@ -38,6 +38,10 @@ class Draws:
         """(count,) uint64."""
         return self._bits.random_raw(count)
 
+    def words(self, count: int) -> np.ndarray:
+        """(count,) int32, every value as likely as the others: the halves of the raw numbers."""
+        return self.raw((count + 1) // 2).astype("<u8", copy=False).view("<i4")[:count]
+
     def uniforms(self, count: int) -> np.ndarray:
         """(count,) float64 in [0, 1)."""
         return (self.raw(count) >> np.uint64(11)) * (1.0 / (1 << 53))

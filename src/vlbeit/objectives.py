@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlbeit.config import ObjectiveConfig
-from vlbeit.nn.backbone import ROWS_STEP
+from vlbeit.nn.backbone import ROWS_STEP, places_of
 from vlbeit.nn.model import VLBeit
 from vlbeit.types import Batch, Score, States
 
@@ -37,7 +37,22 @@ def score_states(
 
     Shapes: wanted (B, L) bool, answers (N,) in row-major order of `wanted`.
     """
-    return score_rows(model.backbone.rows(states, wanted), answers, model.heads[head])
+    rows = model.backbone.rows(states, wanted, len(answers))
+    return score_rows(rows, answers, model.heads[head])
+
+
+def words_to_predict(batch: Batch) -> Tensor:
+    """(N,) int64: the hidden words of a batch, row by row."""
+    words = need(batch.words, "words", batch.stream)
+    masked = need(batch.word_masked, "word_masked", batch.stream)
+    return words.flatten()[places_of(masked, batch.known.words if batch.known else None)]
+
+
+def codes_to_predict(batch: Batch) -> Tensor:
+    """(N,) int64: the codes of the hidden patches of a batch, row by row."""
+    codes = need(batch.patch_codes, "patch_codes", batch.stream)
+    masked = need(batch.patch_masked, "patch_masked", batch.stream)
+    return codes.flatten()[places_of(masked, batch.known.patches if batch.known else None)]
 
 
 def need(value: Tensor | None, name: str, stream: str) -> Tensor:
@@ -50,18 +65,16 @@ def score_text(model: VLBeit, batch: Batch) -> Score:
     """MLM: name the hidden words of a text, from the text alone."""
     masked = need(batch.word_masked, "word_masked", batch.stream)
     given = need(batch.words_given, "words_given", batch.stream)
-    words = need(batch.words, "words", batch.stream)
-    states = model.embed_text(given, batch.word_valid, view_draws(batch, 0))
-    return score_states(model, states, "mlm", masked, words[masked])
+    states = model.embed_text(given, batch.valid_words(), view_draws(batch, 0))
+    return score_states(model, states, "mlm", masked, words_to_predict(batch))
 
 
 def score_image(model: VLBeit, batch: Batch) -> Score:
     """MIM: name the visual code of each hidden patch, from the image alone."""
     masked = need(batch.patch_masked, "patch_masked", batch.stream)
     pixels = need(batch.pixels, "pixels", batch.stream)
-    codes = need(batch.patch_codes, "patch_codes", batch.stream)
     states = model.embed_image(pixels, masked, view_draws(batch, 0))
-    return score_states(model, states, "mim", after_class(masked), codes[masked])
+    return score_states(model, states, "mim", after_class(masked), codes_to_predict(batch))
 
 
 def after_class(patch_masked: Tensor) -> Tensor:
@@ -77,12 +90,11 @@ def score_pair_words(model: VLBeit, batch: Batch, view: int) -> Score:
     """MVLM, text view: hidden words from the other words and the whole image."""
     masked = need(batch.word_masked, "word_masked", batch.stream)
     given = need(batch.words_given, "words_given", batch.stream)
-    words = need(batch.words, "words", batch.stream)
     pixels = need(batch.pixels, "pixels", batch.stream)
     draws = view_draws(batch, view)
-    states = model.embed_pair(given, batch.word_valid, pixels, None, draws)
+    states = model.embed_pair(given, batch.valid_words(), pixels, None, draws)
     wanted = F.pad(masked, (0, states.x.shape[1] - masked.shape[1]), value=False)
-    return score_states(model, states, "mlm", wanted, words[masked])
+    return score_states(model, states, "mlm", wanted, words_to_predict(batch))
 
 
 def score_pair_patches(model: VLBeit, batch: Batch, view: int) -> Score:
@@ -90,11 +102,10 @@ def score_pair_patches(model: VLBeit, batch: Batch, view: int) -> Score:
     masked = need(batch.patch_masked, "patch_masked", batch.stream)
     words = need(batch.words, "words", batch.stream)
     pixels = need(batch.pixels, "pixels", batch.stream)
-    codes = need(batch.patch_codes, "patch_codes", batch.stream)
     draws = view_draws(batch, view)
-    states = model.embed_pair(words, batch.word_valid, pixels, masked, draws)
+    states = model.embed_pair(words, batch.valid_words(), pixels, masked, draws)
     wanted = F.pad(masked, (states.x.shape[1] - masked.shape[1], 0), value=False)
-    return score_states(model, states, "mim", wanted, codes[masked])
+    return score_states(model, states, "mim", wanted, codes_to_predict(batch))
 
 
 def score_pair_joint(model: VLBeit, batch: Batch) -> dict[str, Score]:
@@ -102,17 +113,15 @@ def score_pair_joint(model: VLBeit, batch: Batch) -> dict[str, Score]:
     word_masked = need(batch.word_masked, "word_masked", batch.stream)
     patch_masked = need(batch.patch_masked, "patch_masked", batch.stream)
     given = need(batch.words_given, "words_given", batch.stream)
-    words = need(batch.words, "words", batch.stream)
     pixels = need(batch.pixels, "pixels", batch.stream)
-    codes = need(batch.patch_codes, "patch_codes", batch.stream)
     draws = view_draws(batch, 0)
-    states = model.embed_pair(given, batch.word_valid, pixels, patch_masked, draws)
+    states = model.embed_pair(given, batch.valid_words(), pixels, patch_masked, draws)
     wanted = torch.cat((word_masked, after_class(patch_masked)), dim=1)
     rows = model.backbone.rows(states, wanted)
     is_word = wanted.nonzero()[:, 1] < word_masked.shape[1]
     return {
-        "mvlm_text": score_rows(rows[is_word], words[word_masked], model.heads["mlm"]),
-        "mvlm_image": score_rows(rows[~is_word], codes[patch_masked], model.heads["mim"]),
+        "mvlm_text": score_rows(rows[is_word], words_to_predict(batch), model.heads["mlm"]),
+        "mvlm_image": score_rows(rows[~is_word], codes_to_predict(batch), model.heads["mim"]),
     }
 
 
@@ -158,18 +167,20 @@ def score_batch(model: VLBeit, batch: Batch, config: ObjectiveConfig) -> dict[st
 
 def count_targets(batch: Batch, config: ObjectiveConfig) -> dict[str, int]:
     """Positions that `score_batch` will predict, by objective; known before any forward pass."""
-    words = 0 if batch.word_masked is None else batch.word_masked.sum(dim=1)
-    patches = 0 if batch.patch_masked is None else batch.patch_masked.sum(dim=1)
-    if batch.stream == "text":
-        return {"mlm": int(torch.as_tensor(words).sum())} if config.mlm else {}
-    if batch.stream == "image":
-        return {"mim": int(torch.as_tensor(patches).sum())} if config.mim else {}
-    sums = {"mvlm_text": torch.as_tensor(words), "mvlm_image": torch.as_tensor(patches)}
-    if config.mvlm == "half":
-        for name, per_sample in sums.items():
-            here = [half_view(sample_id) == name for sample_id in batch.sample_ids]
-            sums[name] = per_sample[torch.tensor(here, device=per_sample.device)]
-    return {name: int(s.sum()) for name, s in sums.items() if getattr(config, name)}
+    if batch.stream == "pair" and config.mvlm == "half":
+        views_of = [half_view(sample_id) for sample_id in batch.sample_ids]
+        found = {}
+        for name, masked in (("mvlm_text", batch.word_masked), ("mvlm_image", batch.patch_masked)):
+            here = torch.tensor([view == name for view in views_of])
+            found[name] = 0 if masked is None else int(masked[here.to(masked.device)].sum())
+    else:
+        known = batch.known or batch.count()
+        found = {
+            "text": {"mlm": known.words},
+            "image": {"mim": known.patches},
+            "pair": {"mvlm_text": known.words, "mvlm_image": known.patches},
+        }[batch.stream]
+    return {name: count for name, count in found.items() if getattr(config, name)}
 
 
 PAIR_VIEWS = {"mvlm_text": score_pair_words, "mvlm_image": score_pair_patches}

@@ -164,8 +164,9 @@ def base() -> PretrainConfig:
 
     torchrun --nproc-per-node 8 -m vlbeit pretrain base --data IMAGENET22K TEXT COCO VG CC3M SBU
 
-    Not run at this size by us. On eight H200 the arithmetic says 30 hours at half of the
-    matrix-product limit (480k steps of 2048 + 2048 + 2048, 716 TFLOP each).
+    Not run at this size by us. `vlbeit bench plan` says 51 hours on eight H200 at half of the 790
+    TFLOP/s of their matrix products: 480k steps of 1,198 TFLOP, 144 of them the visual
+    tokenizer's. One view a pair, captions of 40 tokens and stored codes make it 31 hours.
     """
     return PretrainConfig(recipe="base", run_dir="runs/base")
 
@@ -483,7 +484,8 @@ def base_retrieval() -> FinetuneConfig:
 
 
 def tiny_statements() -> FinetuneConfig:
-    """Statements about two drawn scenes, from a run of VQA: from pretraining they stay near chance.
+    """Statements about two drawn scenes, from a run of VQA: from pretraining, 64 % were right after
+    1,200 steps ("more figures" 100 %, the other kinds at chance; docs/notebook.md).
 
     vlbeit finetune statements tiny --start VQA_RUN --data DIR --run-dir RUN
     """

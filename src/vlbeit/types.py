@@ -37,6 +37,16 @@ class Span(NamedTuple):
     length: int
 
 
+class Known(NamedTuple):
+    """What the host knows of a batch, so that nobody has to ask the device and wait for it."""
+
+    words: int
+    """To predict, of the whole batch."""
+    patches: int
+    padded: bool
+    """Whether any text is shorter than the longest."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """What collate made: one micro-batch of one stream, already masked.
@@ -56,6 +66,7 @@ class Batch:
         depth_draws   (B, views, 2 * layers) float32 in [0, 1): a residual branch runs when its
                       draw is not below the branch's drop rate; None: nothing is dropped
         sample_ids    B strings "source:epoch:index"
+        known         counted by `to` before the tensors leave the host; None: not counted
     """
 
     stream: Stream
@@ -68,18 +79,31 @@ class Batch:
     word_masked: Tensor | None = None
     word_valid: Tensor | None = None
     depth_draws: Tensor | None = None
+    known: Known | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def valid_words(self) -> Tensor | None:
+        """`word_valid`, or None where no text is known to have padding."""
+        return None if self.known is not None and not self.known.padded else self.word_valid
+
+    def count(self) -> Known:
+        """What is to predict, and whether there is padding."""
+        return Known(
+            words=0 if self.word_masked is None else int(self.word_masked.sum()),
+            patches=0 if self.patch_masked is None else int(self.patch_masked.sum()),
+            padded=self.word_valid is not None and not bool(self.word_valid.all()),
+        )
+
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on `device`, and counted."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, known=self.known or self.count(), **moved)
 
     def with_codes(self, codes: Tensor) -> Batch:
         """The same batch with the visual tokenizer's answer, (B, P) int64."""
@@ -99,7 +123,8 @@ class Batch:
             for name, value in vars(self).items()
             if isinstance(value, Tensor)
         }
-        return replace(self, sample_ids=tuple(self.sample_ids[i] for i in places), **picked)
+        ids = tuple(self.sample_ids[i] for i in places)
+        return replace(self, sample_ids=ids, known=None, **picked)
 
 
 @dataclass(frozen=True, kw_only=True)

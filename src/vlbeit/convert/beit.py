@@ -20,6 +20,9 @@ from vlbeit.config import (
     PretrainConfig,
 )
 from vlbeit.convert.blocks import (
+    HEAD_WIDTH,
+    INDEX,
+    UNILM_ATTENTION,
     BlockNames,
     block_rules,
     count_blocks,
@@ -35,8 +38,6 @@ from vlbeit.types import Modality
 
 NORM_EPS = 1e-6
 """unilm's; `transformers` has 1e-12 unless its config says otherwise (checkpoints.md T2)."""
-HEAD_WIDTH = 64
-"""Of every BEiT; asked only where no table of relative positions tells the number of heads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +68,7 @@ UNILM = BeitNames(
     positions="pos_embed",
     block=BlockNames(
         prefix="blocks.{}.",
-        shared={
-            "norm1.weight": ("norm1.weight",),
-            "norm1.bias": ("norm1.bias",),
-            "attention.qkv.weight": ("attn.qkv.weight",),
-            "attention.q_bias": ("attn.q_bias",),
-            "attention.v_bias": ("attn.v_bias",),
-            "attention.proj.weight": ("attn.proj.weight",),
-            "attention.proj.bias": ("attn.proj.bias",),
-        },
+        shared=UNILM_ATTENTION,
         experts={Modality.IMAGE: feed_forward("norm2", "mlp.fc1", "mlp.fc2")},
     ),
     gammas=("gamma_1", "gamma_2"),
@@ -86,7 +79,6 @@ UNILM = BeitNames(
     pooled_norm="fc_norm",
     classifier="head",
 )
-INDEX = Drop(pattern="*relative_position_index", reason="a buffer that follows from the grid")
 
 
 def canonical(name: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vlbeit.config import ModelConfig
 from vlbeit.convert.beit import patch_rules, pretrained
-from vlbeit.convert.blocks import count_blocks, shape_of, square_side
+from vlbeit.convert.blocks import HEAD_WIDTH, count_blocks, shape_of, square_side
 from vlbeit.convert.layouts import Found, Request
 from vlbeit.convert.pixels import PixelScaling
 from vlbeit.convert.rewriting import Drop, Plan, Rule, flat
@@ -28,7 +28,6 @@ BLOCK = "beit3.encoder.layers.{}."
 POSITIONS = "beit3.encoder.embed_positions.A.weight"
 FIRST_ROWS = 3
 """Rows of that table before the patches': two that fairseq never uses, and [I_CLS]."""
-HEAD_WIDTH = 64
 REASON = "BEiT-3 has it for each modality, this model shares it"
 DROPS = (
     Drop(pattern="beit3.encoder.*", reason=REASON),

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from vlbeit.convert.beit import INDEX, UNILM, canonical, plan_of
+from vlbeit.convert.beit import UNILM, canonical, plan_of
+from vlbeit.convert.blocks import INDEX
 from vlbeit.convert.layouts import Found, Request
 from vlbeit.convert.rewriting import Drop
 

@@ -9,11 +9,24 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vlbeit.convert.rewriting import Rule, as_it_is, stacked
+from vlbeit.convert.rewriting import Drop, Rule, as_it_is, stacked
 from vlbeit.errors import InputError, UnsafeError
 from vlbeit.types import Modality
 
 MOST_BLOCKS = 512
+HEAD_WIDTH = 64
+"""Of every BEiT, BEiT-3 and VLMo but base-plus; asked where nothing else tells the heads."""
+UNILM_ATTENTION: Mapping[str, tuple[str, ...]] = {
+    "norm1.weight": ("norm1.weight",),
+    "norm1.bias": ("norm1.bias",),
+    "attention.qkv.weight": ("attn.qkv.weight",),
+    "attention.q_bias": ("attn.q_bias",),
+    "attention.v_bias": ("attn.v_bias",),
+    "attention.proj.weight": ("attn.proj.weight",),
+    "attention.proj.bias": ("attn.proj.bias",),
+}
+"""unilm's names of attention and its norm inside a block, by ours; BEiT and VLMo have the same."""
+INDEX = Drop(pattern="*relative_position_index", reason="a buffer that follows from the grid")
 
 
 @dataclass(frozen=True, kw_only=True)

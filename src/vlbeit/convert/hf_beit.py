@@ -14,8 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from vlbeit.config import SegmentationConfig, SegmentationRun, TaskBatchConfig
-from vlbeit.convert.beit import INDEX, BeitNames, class_names, plan_of
-from vlbeit.convert.blocks import BlockNames, count_blocks, feed_forward, shape_of
+from vlbeit.convert.beit import BeitNames, class_names, plan_of
+from vlbeit.convert.blocks import INDEX, BlockNames, count_blocks, feed_forward, shape_of
 from vlbeit.convert.hf_folder import HfConfig, read_hf_config
 from vlbeit.convert.layouts import Found, Request
 from vlbeit.convert.rewriting import Drop, Plan, Rule

@@ -18,6 +18,9 @@ from vlbeit.config import ModelConfig
 from vlbeit.convert.beit import NORM_EPS, layer_rules, patch_rules, pretrained
 from vlbeit.convert.bert_text import BERT_EPS, BertText, with_positions, without_positions
 from vlbeit.convert.blocks import (
+    HEAD_WIDTH,
+    INDEX,
+    UNILM_ATTENTION,
     BlockNames,
     block_rules,
     count_blocks,
@@ -33,15 +36,7 @@ from vlbeit.types import Modality
 
 BLOCK = BlockNames(
     prefix="transformer.blocks.{}.",
-    shared={
-        "norm1.weight": ("norm1.weight",),
-        "norm1.bias": ("norm1.bias",),
-        "attention.qkv.weight": ("attn.qkv.weight",),
-        "attention.q_bias": ("attn.q_bias",),
-        "attention.v_bias": ("attn.v_bias",),
-        "attention.proj.weight": ("attn.proj.weight",),
-        "attention.proj.bias": ("attn.proj.bias",),
-    },
+    shared=UNILM_ATTENTION,
     experts={
         Modality.IMAGE: feed_forward("norm2_imag", "mlp_imag.fc1", "mlp_imag.fc2"),
         Modality.TEXT: feed_forward("norm2_text", "mlp_text.fc1", "mlp_text.fc2"),
@@ -65,9 +60,8 @@ TEXT_ROWS = 196
 """Longest text of VLMo's pretraining; fine-tuned files keep the table's rows for it."""
 HEADS = {544: 16}
 """Of a width that is not 64 a head: base-plus."""
-HEAD_WIDTH = 64
 DROPS = (
-    Drop(pattern="*relative_position_index", reason="a buffer that follows from the grid"),
+    INDEX,
     Drop(pattern="text_embeddings.position_ids", reason="a buffer: 0, 1, 2, ..."),
     Drop(pattern="mlm_score.*", reason="VLMo's word head has a layer more than ours"),
     Drop(pattern="pooler.*", reason="the pooler of VLMo's heads"),

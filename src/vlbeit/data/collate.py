@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -101,7 +101,9 @@ def stack_filled(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 def as_batch(stacked: Stacked) -> Batch:
     """The same memory as tensors."""
-    tensors = {name: torch.from_numpy(array) for name, array in stacked["arrays"].items()}
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(array) for name, array in stacked["arrays"].items()
+    }
     stream = cast(Stream, stacked["stream"])
     return Batch(stream=stream, sample_ids=stacked["sample_ids"], **tensors)
 

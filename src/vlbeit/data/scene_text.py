@@ -47,8 +47,9 @@ _DESCRIBING: Final = ("size", "texture", "colour", "shape")
 
 
 EXISTENCE: Final = 3
-"""Questions a scene whether something is there. With one they were not learned beside the others:
-a step must hold some fifty of them before a first one is right for a reason (docs/notebook.md)."""
+"""Questions a scene whether something is there. With one they stayed at chance beside the others;
+three, in steps of 128 questions at a lower rate, were learned. Which of these changes it took was
+not tried one by one (docs/notebook.md)."""
 
 
 Feature = tuple[tuple[str, str], ...]

@@ -60,7 +60,10 @@ class Backbone(nn.Module):
     def _biases(self, states: States) -> list[Tensor | None]:
         """What is added to the attention scores of each layer: padding, relative positions."""
         padding = None
-        if states.valid is not None and not bool(states.valid.all()):
+        # A GPU is not asked, since that would wait for it: `Batch.valid_words` has said so before.
+        if states.valid is not None and (
+            states.valid.device.type != "cpu" or not bool(states.valid.all())
+        ):
             padding = torch.zeros(states.valid.shape, dtype=states.x.dtype, device=states.x.device)
             padding = padding.masked_fill(~states.valid, float("-inf"))[:, None, None, :]
         if self.relative_bias is None:
@@ -110,14 +113,17 @@ class Backbone(nn.Module):
             x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
         return kept
 
-    def rows(self, states: States, wanted: Tensor) -> Tensor:
+    def rows(self, states: States, wanted: Tensor, count: int | None = None) -> Tensor:
         """(N, D), the wanted tokens in row-major order: the same numbers as `forward(...)[wanted]`.
 
         The last block's projection and expert and the final norm run on those rows only.
+
+        Args:
+            count: how many are wanted, where the host knows it; as in `places_of`.
         """
         x = states.x
         biases = self._biases(states)
-        places = wanted.flatten().nonzero().squeeze(1)  # (N,)
+        places = places_of(wanted, count)
         count = len(places)
         places = F.pad(places, (0, -count % ROWS_STEP))
         last = len(self.blocks) - 1
@@ -142,6 +148,20 @@ class Backbone(nn.Module):
         one in each row."""
         share = wanted / wanted.sum(dim=1, keepdim=True)
         return torch.einsum("bl,bld->bd", share.to(states.x.dtype), self(states))
+
+
+def places_of(wanted: Tensor, count: int | None = None) -> Tensor:
+    """(N,) int64: row-major places of the True ones.
+
+    Args:
+        count: N, where the host knows it: then nothing waits for the device to count.
+    """
+    flat = wanted.flatten()
+    if count is None:
+        return flat.nonzero().squeeze(1)
+    if flat.device.type == "cpu" and int(flat.sum()) != count:
+        raise ValueError(f"{int(flat.sum())} are wanted, {count} were counted")
+    return torch.nonzero_static(flat, size=count).squeeze(1)
 
 
 def layer_draws(states: States, layer: int) -> Tensor | None:

@@ -38,7 +38,10 @@ class Block(nn.Module):
     LN1, attention and the gammas are shared by all modalities. The route is an argument and not
     a setting of the module, so two calls with different routes never disturb each other.
 
-    Stochastic depth runs the kept samples only and divides their branch by the keep rate.
+    Stochastic depth runs the kept samples only and divides their branch by the keep rate. With
+    `static_shapes` it runs all and multiplies a dropped branch by 0: the same numbers up to
+    rounding and more work, but no shape depends on the draws, which on a GPU would have to be
+    waited for and could not be compiled.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.drop_rate = drop_rate
+        self.static_shapes = False
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads)
         self.experts = nn.ModuleDict(
@@ -91,6 +95,10 @@ class Block(nn.Module):
         if draws is None or self.drop_rate == 0:
             x = residual(x, self._attention_branch(x, bias), self.gamma_1)
             return residual(x, self._expert_branch(x, route), self.gamma_2)
+        if self.static_shapes:
+            scale_1, scale_2 = kept(draws, self.drop_rate).to(x.dtype)[..., None, None].unbind(1)
+            x = residual(x, self._attention_branch(x, bias) * scale_1, self.gamma_1)
+            return residual(x, self._expert_branch(x, route) * scale_2, self.gamma_2)
         keep = draws >= self.drop_rate  # (B, 2)
         scale = 1 / (1 - self.drop_rate)
         rows = keep[:, 0].nonzero().squeeze(1)

@@ -14,6 +14,7 @@ of these methods, which begins with `self._task("NAME", "METHOD")`.
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar, overload
 
@@ -216,9 +217,9 @@ class Predictor:
         """ "pretraining" or the name of the task."""
         return self.run.config.task if isinstance(self.run, TaskRun) else PRETRAINING
 
-    @property
+    @cached_property
     def modes(self) -> tuple[str, ...]:
-        """The methods that this run can answer."""
+        """The methods that this run can answer; every question asks, and the receipt is a file."""
         lacking: tuple[str, ...] = ()
         if isinstance(self.run, LoadedRun):
             lacking = lacking_of(self.run)

@@ -29,8 +29,10 @@ from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
 from vlbeit.tokens.text import SPECIALS, TextTokenizer
+from vlbeit.train.block_settings import set_blocks
 from vlbeit.train.limit import matrix_limit, synchronize
-from vlbeit.train.loop import Learner, memory_mb
+from vlbeit.train.loop import Learner
+from vlbeit.train.memory import ActivationMemory, memory_mb
 from vlbeit.train.optim import build_optimizer
 from vlbeit.types import STREAMS, Batch, Stream
 
@@ -55,6 +57,10 @@ class BenchConfig:
     steps: int
     device: torch.device
     as_json: bool
+    find_micro: bool = False
+    """Try micro-batches of several sizes, not only that of `run`."""
+    peak_flops: float = 0.0
+    """Of the device, as its maker states it; 0: not stated, and no MFU is given."""
 
 
 def random_batch(stream: Stream, count: int, config: PretrainConfig) -> Batch:
@@ -109,6 +115,7 @@ class Step:
         self.batches = batches
         self.optimizer = optimizer
         self.device = device
+        self.held = ActivationMemory(device)
         self.precision = config.precision
         self.clip = config.optim.clip
         counts = dict.fromkeys(OBJECTIVES, 0)
@@ -121,30 +128,43 @@ class Step:
 
     def __call__(self) -> float:
         """Forward and backward per micro-batch, then the update; returns the loss."""
-        total = 0.0
+        losses = []
         with RoundedWeights():
             for batch in self.batches:
-                with autocast(self.device, self.precision):
+                with self.held.forward(batch.stream), autocast(self.device, self.precision):
                     loss, _ = self.learner(batch, self.factors, touch=False)
                 loss.backward()
-                total += float(loss.detach())
+                losses.append(loss.detach())
         if self.clip:
             nn.utils.clip_grad_norm_(self.learner.parameters(), self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total
+        return float(torch.stack(losses).sum())  # the one place that waits for the device
 
 
 def build_step(bench: BenchConfig) -> tuple[Step, VLBeit]:
     """A fresh model of the recipe's size with a step on random inputs of all three streams."""
     config, device = bench.run, bench.device
     model = VLBeit(config.model, config.seed).to(device).train()
-    model.backbone.checkpoint_activations = config.runtime.checkpoint_activations
+    set_blocks(model, config.runtime, device)
     # A schedule has no meaning here; a rate of 0 would let the update skip no work either.
     optim = replace(config.optim, lr=config.optim.min_lr)
     optimizer = build_optimizer(model, optim, config.model.layers)
     batches = [random_batch(name, config.batch.micro, config).to(device) for name in STREAMS]
     return Step(model, batches, optimizer, config, device), model
+
+
+def needed_flops(config: PretrainConfig, batches: Sequence[Batch]) -> int:
+    """Useful arithmetic of a step on these micro-batches (nn/flops.py)."""
+    return sum(
+        training_flops(
+            config.model,
+            batch,
+            views(config.objective) if batch.stream == "pair" else 1,
+            count_targets(batch, config.objective),
+        )
+        for batch in batches
+    )
 
 
 def measure_step(bench: BenchConfig) -> dict[str, Any]:
@@ -162,15 +182,7 @@ def measure_step(bench: BenchConfig) -> dict[str, Any]:
         took.append(Took(step, device))
     limit = max(limits)
     seconds = statistics.median(t.wall for t in took)
-    flops = sum(
-        training_flops(
-            config.model,
-            batch,
-            views(config.objective) if batch.stream == "pair" else 1,
-            count_targets(batch, config.objective),
-        )
-        for batch in step.batches
-    )
+    flops = needed_flops(config, step.batches)
     report: dict[str, Any] = {
         **machine(device),
         "recipe": config.recipe,
@@ -188,8 +200,11 @@ def measure_step(bench: BenchConfig) -> dict[str, Any]:
         "needed_tflop": round(flops / 1e12, 4),
         "limit_gflops": round(limit / 1e9, 1),
         "limit_share": round(flops / seconds / limit, 4),
+        "activation_mb": step.held.mb(),
         "memory_mb": memory_mb(device),
     }
+    if bench.peak_flops:
+        report["mfu"] = round(flops / seconds / bench.peak_flops, 4)
     if by_processor:
         processor = statistics.median(t.processor for t in took)
         report["step_cpu_seconds"] = round(processor, 4)
@@ -242,11 +257,15 @@ def describe_step(report: dict[str, Any]) -> str:
         ("limit", f"{report['limit_gflops']:.0f} GFLOP/s in plain matrix products"),
         ("share", f"{100 * report['limit_share']:.1f} % of the limit"),
     ]
+    if "mfu" in report:
+        lines.append(("MFU", f"{100 * report['mfu']:.1f} % of the stated peak"))
     if "limit_share_cpu" in report:
         share, seconds = 100 * report["limit_share_cpu"], report["step_cpu_seconds"]
         limit = report["limit_cpu_gflops"]
         lines.append(("by CPU time", f"{seconds:.3f} s, {share:.1f} % of {limit:.0f} GFLOP/s"))
-    lines.append(("memory", f"{report['memory_mb']} MB at most"))
+    held = " + ".join(f"{mb:.0f} {name}s" for name, mb in report["activation_mb"].items())
+    held = f"; MB held for a backward pass: {held}" if held else ""
+    lines.append(("memory", f"{report['memory_mb']} MB at most{held}"))
     return "\n".join(f"{name:<12} {value}" for name, value in lines)
 
 

@@ -25,6 +25,7 @@ from vlbeit.nn.transfer import transfer
 from vlbeit.recipes import FINETUNE
 from vlbeit.tasks import Task, build_task, learn_facts, reached
 from vlbeit.tokens.text import TextTokenizer
+from vlbeit.train.block_settings import set_blocks
 from vlbeit.train.limit import matrix_limit
 from vlbeit.train.loop import Learning
 from vlbeit.train.opening import (
@@ -88,7 +89,7 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
         opened.log(begin_weights(config, model, task, begin))
     freeze(model, task)
     model.to(world.device)
-    model.backbone.checkpoint_activations = config.runtime.checkpoint_activations
+    set_blocks(model, config.runtime, world.device)
     mean = RunningMean(model, config.optim.ema) if config.optim.ema else None
     held_out = TaskHeldOut(config, task, text)
 

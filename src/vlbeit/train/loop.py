@@ -11,7 +11,6 @@ so micro-batches, ranks and accumulation change nothing but rounding.
 
 import contextlib
 import hashlib
-import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from vlbeit.errors import NonFiniteError, StopRequested
 from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.train.distributed import World
+from vlbeit.train.memory import ActivationMemory, memory_mb
 from vlbeit.train.optim import lr_at, set_lr
 from vlbeit.train.runfolder import RunFolder
 from vlbeit.train.signals import StopSignal
@@ -35,6 +35,9 @@ from vlbeit.types import Score
 
 class MicroBatch(Protocol):
     """What the loop asks of a micro-batch."""
+
+    @property
+    def stream(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -153,6 +156,7 @@ def train(run: Run[B]) -> None:
         batches = [batch.to(world.device) for group in data.batches.values() for batch in group]
         factors, skipped = global_factors(run, batches, data)
         scores = {name: Score.zero(world.device) for name in learning.weights}
+        held = ActivationMemory(world.device)
         micro: list[B | None] = [*batches] or [None]
         weights = RoundedWeights()  # the same for all micro-batches of a step
         for number, batch in enumerate(micro):
@@ -163,7 +167,8 @@ def train(run: Run[B]) -> None:
                 stack.enter_context(weights)
                 if isinstance(trained, DistributedDataParallel) and not last:
                     stack.enter_context(trained.no_sync())
-                with autocast(world.device, config.precision):
+                named = "none" if batch is None else batch.stream
+                with held.forward(named), autocast(world.device, config.precision):
                     loss, part = trained(batch, factors, touch=last and world.size > 1)
                 with world.guard("averaging gradients"):
                     # DDP averages over ranks; the factors already hold the global count.
@@ -193,6 +198,7 @@ def train(run: Run[B]) -> None:
         if run.folder is not None:
             took = time.perf_counter() - began
             row = metrics_row(run, data, sums, lr, float(grad_norm), took, batches)
+            row["activation_mb"] = held.mb()
             write_rows(run, run.folder, data, row, skipped, finite)
             if data.step % config.log.print_every == 0 or data.step in (first, config.max_steps):
                 done = data.step - first + 1
@@ -318,13 +324,6 @@ def metrics_row(
         "limit_share": round(flops / took / run.matrix_limit, 4),
         "memory_mb": memory_mb(run.world.device),
     }
-
-
-def memory_mb(device: torch.device) -> int:
-    """Peak memory: of the GPU if there is one, else resident memory of the process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def write_rows(

@@ -17,6 +17,7 @@ from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.tokens.visual import VisualTokenizer, load_visual_tokenizer
+from vlbeit.train.block_settings import set_blocks
 from vlbeit.train.distributed import World
 from vlbeit.train.limit import matrix_limit
 from vlbeit.train.loop import Learning
@@ -77,7 +78,7 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
 
     # ---- model and optimizer
     model = VLBeit(config.model, seed=config.seed).to(world.device)
-    model.backbone.checkpoint_activations = config.runtime.checkpoint_activations
+    set_blocks(model, config.runtime, world.device)
     held_out = HeldOut(config, text, visual)
 
     def evaluate() -> Mapping[str, Any]:
