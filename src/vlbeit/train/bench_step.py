@@ -123,7 +123,7 @@ class Step:
         total = 0.0
         for batch in self.batches:
             with autocast(self.device, self.precision):
-                loss, _ = self.learner(batch, self.factors, touch=False)
+                loss, _ = self.learner(batch, self.factors)
             loss.backward()
             total += float(loss.detach())
         if self.clip:
