@@ -492,3 +492,44 @@ def test_a_thread_that_gives_nothing_counts_as_lost(
 
 def test_the_default_loader_runs_in_process() -> None:
     assert InputConfig().workers == 0
+
+
+# ------------------------------------------------------------------------------- parts of a step
+
+
+def plans(world: int, streams, counts, **how):
+    """The micro-batches of step 3 by part, over all ranks, and the ledger."""
+    parts: dict[int, list] = {}
+    for rank in range(world):
+        loader = StepLoader(streams, counts, window=64, rank=rank, world=world, **how)
+        cursors = loader.start_cursors()
+        for step in (1, 2, 3):
+            plan = loader.plan(step, cursors)
+            cursors = plan.cursors
+        for part, name, visits in plan.micro_batches:
+            parts.setdefault(part, []).append((name, visits))
+    return parts, plan.ledger
+
+
+def test_parts_of_a_step_hold_the_same_micro_batches_on_any_number_of_ranks(streams):
+    counts = {"image": 6, "text": 5, "pair": 9}
+    alone, ledger = plans(1, streams, counts, micro=2, parts=4)
+    assert set(alone) == {0, 1, 2, 3}
+    for world in (2, 4):
+        assert plans(world, streams, counts, micro=2, parts=4) == (alone, ledger)
+    # Without parts the ranks' own slices decide, so the micro-batches are others.
+    assert plans(1, streams, counts, micro=2)[0] != plans(2, streams, counts, micro=2)[0]
+    with pytest.raises(ConfigError, match="3 processes cannot share 4 parts"):
+        plans(3, streams, counts, micro=2, parts=4)
+
+
+def test_aligned_ranks_have_equally_many_micro_batches_of_each_stream(streams):
+    counts = {"image": 5, "text": 2, "pair": 9}
+    for world in (2, 3, 4):
+        ragged, ledger = plans(world, streams, counts, micro=2)
+        even, same = plans(world, streams, counts, micro=2, aligned=True)
+        names = {tuple(name for name, _ in micro) for micro in even.values()}
+        assert len(names) == 1 and same == ledger
+        assert len({len(micro) for micro in ragged.values()}) > 1 or world == 2
+        for part, micro in even.items():  # nothing but empty ones was added
+            assert [m for m in micro if m[1]] == ragged.get(part, [])

@@ -2,7 +2,8 @@
 
     checkpoints/step-0000060/
         model.safetensors       what `VLBeit.from_pretrained(folder)` reads, with config.json
-        optimizer.safetensors   moments, by parameter name
+        optimizer.safetensors   moments, by parameter name; of a sharded run a folder, optimizer/,
+                                with a part from every rank
         config.json             the resolved config of the run
         state.json              step, cursors and the rest that a resume needs
         tokenizer.json, visual/, preprocessor.json
@@ -36,6 +37,7 @@ from vlbeit.config import digest as config_digest
 from vlbeit.errors import ConfigError, InputError, SaveError
 from vlbeit.jsonfile import read_json
 from vlbeit.tensorfile import read_tensors, tensor_bytes, write_tensors
+from vlbeit.tensorparts import MERGED, read_parts, write_parts
 
 FORMAT = "vlbeit-checkpoint"
 VERSION = 1
@@ -44,6 +46,8 @@ RNG_SCHEME = "philox4x64 raw, keyed by blake2b-128 of (names, numbers); no state
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER_PARTS = "optimizer"
+"""Folder in place of OPTIMIZER when ranks held shares of it."""
 MANIFEST = "manifest.json"
 TEXT_TOKENIZER = "tokenizer.json"
 VISUAL_TOKENIZER = "visual"
@@ -101,8 +105,15 @@ class Checkpoint:
         return read_tensors(self.folder / MODEL)
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """On the CPU, by name."""
-        return read_tensors(self.folder / OPTIMIZER)
+        """On the CPU, by name; parts are merged."""
+        place = self.optimizer_place
+        return read_parts(place) if place.is_dir() else read_tensors(place)
+
+    @property
+    def optimizer_place(self) -> Path:
+        """The file of the optimizer's state, or the folder with its parts."""
+        parts = self.folder / OPTIMIZER_PARTS
+        return parts if parts.is_dir() else self.folder / OPTIMIZER
 
     @property
     def text_tokenizer(self) -> Path:
@@ -112,13 +123,16 @@ class Checkpoint:
     def visual_tokenizer(self) -> Path:
         return self.folder / VISUAL_TOKENIZER
 
-    def differences(self, *, world_size: int, threads: int) -> list[str]:
+    def differences(self, *, world_size: int, threads: int, exact: bool = False) -> list[str]:
         """What makes a resume here other than bit-identical, one sentence each (reliability.md G8).
 
         Sums over ranks and threads are made in another order when their number changes: the
-        sample order stays the same, losses agree to rounding.
+        sample order stays the same, losses agree to rounding. A run that was and is `exact` may
+        change its number of ranks.
         """
         now = {"world_size": world_size, "threads": threads}
+        if exact:
+            del now["world_size"]
         return [
             f"{name} was {self.manifest[name]} when step {self.step} was saved and is {value} now: "
             "the sample order stays the same, losses agree to rounding but not bit by bit"
@@ -147,8 +161,8 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     *,
-    model_tensors: Mapping[str, Tensor],
-    optimizer_tensors: Mapping[str, Tensor],
+    model_tensors: Mapping[str, Tensor] | Path,
+    optimizer_tensors: Mapping[str, Tensor] | Path,
     state: Mapping[str, Any],
     config: Mapping[str, Any],
     preprocessor: Mapping[str, Any],
@@ -165,7 +179,8 @@ def save_checkpoint(
     Called by one process only, the holder of the run folder's lock. `state` must be JSON and holds
     `cursors` (source -> samples handed out). The tokenizers write themselves from memory: their
     own files may be gone by now (the checkpoint they were read from was purged) or may have rotted
-    since. A folder of the same step is replaced. `keep` of 0 keeps all.
+    since. Tensors that ranks hold in shares come as what `write_shares` returned. A folder of the
+    same step is replaced. `keep` of 0 keeps all.
     `files` are more JSON files, by name (a task's task.json).
 
     Raises:
@@ -174,7 +189,8 @@ def save_checkpoint(
     """
     root = run_dir / "checkpoints"
     folder = root / checkpoint_name(step)
-    needed = tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors) + SMALL_FILES
+    given = (model_tensors, optimizer_tensors)
+    needed = sum(tensor_bytes(t) for t in given if not isinstance(t, Path)) + SMALL_FILES
     with _written_aside(folder, needed) as temporary:
         text_tokenizer.save(temporary)
         if visual_tokenizer is not None:
@@ -183,9 +199,9 @@ def save_checkpoint(
         free = free_bytes(root)
         if free < needed:
             raise SaveError(_no_room(folder, needed, free))
-        written[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
+        written |= _put_tensors(temporary, MODEL, model_tensors)
         _fault("mid_write")
-        written[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
+        written |= _put_tensors(temporary, OPTIMIZER, optimizer_tensors)
         for name, content in {
             "config.json": config,
             "state.json": {**state, "step": step},
@@ -220,6 +236,50 @@ def save_checkpoint(
     return folder
 
 
+def write_shares(
+    run_dir: Path, model_tensors: Mapping[str, Tensor], optimizer_tensors: Mapping[str, Tensor]
+) -> tuple[Path, Path]:
+    """Write what ranks hold in shares aside, for `save_checkpoint`; all ranks call it together.
+
+    The model is merged into one file, a tensor at a time, so that whoever reads a checkpoint need
+    not know how many ranks wrote it; the optimizer's state stays in parts.
+
+    Returns:
+        the model's file and the folder of the optimizer's parts, synced. What a kill leaves of
+        them goes with the other leftovers at the next start.
+
+    Raises:
+        SaveError: no room or no permission, at some rank.
+    """
+    aside = run_dir / "checkpoints" / (_TEMPORARY + "shares")
+    model, optimizer = aside / "model", aside / OPTIMIZER_PARTS
+    # The model's numbers are on the disk twice for a moment, in parts and merged.
+    needed = 2 * tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors)
+    with _translated(aside, needed):
+        write_parts(model, model_tensors, merge=True)
+        write_parts(optimizer, optimizer_tensors)
+    return model / MERGED, optimizer
+
+
+def clear_shares(run_dir: Path) -> None:
+    """Remove what `write_shares` left, before it is called and after a save; for rank 0 alone."""
+    shutil.rmtree(run_dir / "checkpoints" / (_TEMPORARY + "shares"), ignore_errors=True)
+
+
+def _put_tensors(
+    folder: Path, name: str, tensors: Mapping[str, Tensor] | Path
+) -> dict[str, dict[str, Any]]:
+    """Tensors into a checkpoint's folder, or what `write_shares` wrote; size and digest by name."""
+    if not isinstance(tensors, Path):
+        return {name: _record(*write_tensors(folder / name, tensors))}
+    if tensors.is_file():
+        tensors.rename(folder / name)
+        return {name: _digest_of(folder / name)}
+    placed = folder / tensors.name
+    tensors.rename(placed)
+    return {f"{placed.name}/{part}": _digest_of(placed / part) for part in _names(placed)}
+
+
 def copy_checkpoint(
     source: Checkpoint,
     out: Path,
@@ -245,10 +305,11 @@ def copy_checkpoint(
         raise ConfigError(f"{out}: holds something else; choose a folder that does not exist")
     replaced = {"config.json": _json_bytes(config), "state.json": _json_bytes(state), **files}
     written: dict[str, dict[str, Any]] = {}
-    needed = sum(f["size"] for name, f in source.manifest["files"].items() if name != OPTIMIZER)
+    handed = {name: f for name, f in source.manifest["files"].items() if not _of_optimizer(name)}
+    needed = sum(f["size"] for f in handed.values())
     with _written_aside(out, needed + SMALL_FILES) as temporary:
-        for name, wanted in source.manifest["files"].items():
-            if name == OPTIMIZER or name in replaced:
+        for name, wanted in handed.items():
+            if name in replaced:
                 continue
             if _found(source.folder, name).get("found_sha256") != wanted["sha256"]:
                 raise InputError(
@@ -296,6 +357,10 @@ def _written_aside(folder: Path, needed: int) -> Iterator[Path]:
             raise
         _fault("after_rename")
         _sync(folder.parent)
+
+
+def _of_optimizer(name: str) -> bool:
+    return name == OPTIMIZER or name.startswith(OPTIMIZER_PARTS + "/")
 
 
 SQUASHED = "bicubic, squashed to image_size"

@@ -264,6 +264,12 @@ class RuntimeConfig:
     """torch.compile each block. auto: on a GPU; on a CPU it takes minutes and gains nothing."""
     step_timeout: float = 600.0
     """Seconds a rank waits for the others before it gives up with exit code 71."""
+    sharding: Literal["none", "full"] = "none"
+    """full: every rank keeps a share of the weights, gradients and optimizer state (FSDP2) and
+    asks the others for a block's weights when its turn comes; none: every rank keeps all."""
+    exact: int = 0
+    """Parts of a step (a power of two) whose gradients are added in a fixed order: the weights are
+    bit-equal on 1, 2, 4 ... up to that many ranks. 0: off, equal up to rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -153,11 +153,8 @@ def score_batch(model: VLBeit, batch: Batch, config: ObjectiveConfig) -> dict[st
         places: dict[str, list[int]] = {"mvlm_text": [], "mvlm_image": []}
         for place, sample_id in enumerate(batch.sample_ids):
             places[half_view(sample_id)].append(place)
-        return {
-            name: PAIR_VIEWS[name](model, batch.pick(places[name]), 0)
-            for name in wanted
-            if places[name]
-        }
+        # A view without a pair is passed too: on other ranks it may have some.
+        return {name: PAIR_VIEWS[name](model, batch.pick(places[name]), 0) for name in wanted}
     return {
         name: PAIR_VIEWS[name](model, batch, view)
         for view, name in enumerate(("mvlm_text", "mvlm_image"))

@@ -219,6 +219,21 @@ def validate_run(config: PretrainConfig | FinetuneConfig) -> None:
     require(workers >= 0, f"input.workers must be at least 0, found {workers}")
     threads = config.runtime.threads
     require(threads >= 0, f"runtime.threads must be at least 0, found {threads}")
+    exact = config.runtime.exact
+    require(
+        exact == 0 or (exact > 0 and exact & (exact - 1) == 0),
+        f"runtime.exact must be 0 (off) or a power of two, found {exact}",
+    )
+    require(
+        exact == 0 or threads > 0,
+        "runtime.exact needs a fixed number of threads, as another number rounds otherwise; "
+        "runtime.threads is 0 (all cores): set it",
+    )
+    require(
+        exact == 0 or config.runtime.sharding == "none",
+        f"runtime.exact is {exact} and runtime.sharding is {config.runtime.sharding!r}: shards are "
+        "added in an order of their own; choose one of the two",
+    )
     for name, seconds in (
         ("input.loader_timeout", config.input.loader_timeout),
         ("runtime.step_timeout", config.runtime.step_timeout),

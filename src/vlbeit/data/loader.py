@@ -48,8 +48,9 @@ class StepPlan:
     """What a step visits: a pure function of the cursors, the rank and the world size."""
 
     step: int
-    micro_batches: list[tuple[str, list[Visit]]]
-    """Those of this rank, in the order of training."""
+    micro_batches: list[tuple[int, str, list[Visit]]]
+    """Those of this rank, in the order of training: the part of the step, the stream, the visits.
+    Without visits: other ranks have a micro-batch in this place (`aligned`)."""
     ledger: dict[str, dict[str, list[str]]]
     """Sample ids of the GLOBAL step by stream and source, in order; the same on every rank."""
     visits: dict[str, dict[str, int]]
@@ -66,6 +67,8 @@ class StepData(Generic[B]):
     batches: dict[str, list[B]]
     """Micro-batches by stream. Bad samples are missing from them, and a micro-batch without a
     good one is left out: the lists of two ranks may differ in length, or be empty."""
+    parts: dict[int, list[B | None]]
+    """The same by part of the step, in the order of training, with None for those left out."""
     ledger: dict[str, dict[str, list[str]]]
     visits: dict[str, dict[str, int]]
     skips: list[dict[str, Any]]
@@ -98,6 +101,8 @@ class StepLoader(Generic[B]):
         weights: Mapping[str, float] | None = None,
         rank: int = 0,
         world: int = 1,
+        parts: int = 0,
+        aligned: bool = False,
         workers: int = 0,
         timeout: float = 60.0,
     ) -> None:
@@ -110,6 +115,11 @@ class StepLoader(Generic[B]):
             window: records shuffled together.
             weights: share of a source in its stream, by name (order.source_weights).
             rank, world: which slice to make.
+            parts: into how many parts a step is cut before the ranks share them, a multiple of
+                `world`; 0: one a rank. Micro-batches are cut within a part, so with the same parts
+                they are the same on any number of ranks.
+            aligned: give every rank equally many micro-batches of each stream, the last of them
+                perhaps without visits: for models whose ranks must call each other in step.
             workers: processes; 0 makes the samples in a thread of this one.
             timeout: seconds without a batch before a loader counts as lost.
 
@@ -122,6 +132,11 @@ class StepLoader(Generic[B]):
                 f"batch.micro {micro}, rank {rank} of {world}, input.workers {workers}, "
                 f"input.loader_timeout {timeout}: out of range"
             )
+        self.parts = parts or world
+        if self.parts % world:
+            raise ConfigError(f"{world} processes cannot share {parts} parts of a step evenly")
+        share = self.parts // world
+        self.own_parts = range(rank * share, (rank + 1) * share)
         self._streams = {stream.stream: stream for stream in streams}
         self._counts = dict(counts)
         known = {source for stream in streams for source in stream.records}
@@ -144,7 +159,7 @@ class StepLoader(Generic[B]):
             orders = stream.orders(window, min(BUCKET, max(1, count // BUCKETS_A_STEP)))
             shares = source_weights(stream.records, weights or {})
             self._orders[name] = StreamOrder(orders, shares)
-        self._micro, self._rank, self._world = micro, rank, world
+        self._micro, self.aligned = micro, aligned
         self._workers, self._timeout = workers, timeout
         self._background: Background[_Part] | None = None
         self._stopping = False
@@ -163,7 +178,7 @@ class StepLoader(Generic[B]):
         ledger: dict[str, dict[str, list[str]]] = {}
         counted: dict[str, dict[str, int]] = {}
         after: Cursors = {}
-        micro_batches: list[tuple[str, list[Visit]]] = []
+        sorted_visits: dict[str, list[Visit]] = {}
         for name, order in self._orders.items():
             visits, after[name] = order.take(cursors[name], self._counts[name])
             ledger[name] = {source: [] for source in order.orders}
@@ -173,13 +188,28 @@ class StepLoader(Generic[B]):
             lengths = self._streams[name].lengths(visits)
             if lengths is not None:
                 visits = [visits[i] for i in lengths.argsort(kind="stable").tolist()]
-            start = len(visits) * self._rank // self._world
-            stop = len(visits) * (self._rank + 1) // self._world
-            for first in range(start, stop, self._micro):
-                micro_batches.append((name, visits[first : min(first + self._micro, stop)]))
+            sorted_visits[name] = visits
+        micro_batches = [
+            (part, name, micro)
+            for part in self.own_parts
+            for name, visits in sorted_visits.items()
+            for micro in self._cut(visits, part)
+        ]
         return StepPlan(
             step=step, micro_batches=micro_batches, ledger=ledger, visits=counted, cursors=after
         )
+
+    def _cut(self, visits: list[Visit], part: int) -> list[list[Visit]]:
+        """The micro-batches of one part of a stream's visits."""
+        start, stop = (len(visits) * edge // self.parts for edge in (part, part + 1))
+        cut = [
+            visits[first : min(first + self._micro, stop)]
+            for first in range(start, stop, self._micro)
+        ]
+        if self.aligned:
+            largest = -(-len(visits) // self.parts)
+            cut += [[]] * (-(-largest // self._micro) - len(cut))
+        return cut
 
     def steps(
         self, cursors: Mapping[str, Mapping[str, int]], first: int, last: int
@@ -209,16 +239,21 @@ class StepLoader(Generic[B]):
                 assert plan is not None
                 queues = [iter(part.made) for part in parts]
                 batches: dict[str, list[B]] = {name: [] for name in self._orders}
+                made_parts: dict[int, list[B | None]] = {part: [] for part in self.own_parts}
                 skips: list[dict[str, Any]] = []
-                for name, _ in plan.micro_batches:
+                for number, name, _ in plan.micro_batches:
                     made = next(queues[tasks % workers])
                     tasks += 1
+                    batch = None
                     if made.stacked is not None:
-                        batches[name].append(self._streams[name].batch(made.stacked))
+                        batch = self._streams[name].batch(made.stacked)
+                        batches[name].append(batch)
+                    made_parts[number].append(batch)
                     skips += [{"step": plan.step, **skip} for skip in made.skips]
                 yield StepData(
                     step=plan.step,
                     batches=batches,
+                    parts=made_parts,
                     ledger=plan.ledger,
                     visits=plan.visits,
                     skips=skips,
@@ -244,7 +279,7 @@ class StepLoader(Generic[B]):
                 if place % workers == number
             ]
             tasks += len(plan.micro_batches)
-            yield _Part(plan if number == 0 else None, [self._make(*task) for task in mine])
+            yield _Part(plan if number == 0 else None, [self._make(*task[1:]) for task in mine])
 
     def _make(self, name: str, visits: Sequence[Visit]) -> "_Made":
         samples, skips = [], []
@@ -491,6 +526,8 @@ def build_loader(
         weights=given.weights,
         rank=rank,
         world=world,
+        parts=config.runtime.exact,
+        aligned=config.runtime.sharding == "full",
         workers=given.workers,
         timeout=given.loader_timeout,
     )

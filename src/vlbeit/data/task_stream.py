@@ -376,9 +376,14 @@ def facts_of(data: Sequence[str], name: str) -> list[str]:
 
 
 def task_loader(
-    config: FinetuneConfig, stream: TaskStream, *, rank: int = 0, world: int = 1
+    config: FinetuneConfig,
+    stream: TaskStream,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    aligned: bool = False,
 ) -> StepLoader[TaskBatch]:
-    """The loader of one rank."""
+    """The loader of one rank; `aligned` as in `StepLoader`."""
     given = config.input
     return StepLoader(
         [stream],
@@ -388,6 +393,8 @@ def task_loader(
         weights=given.weights,
         rank=rank,
         world=world,
+        parts=config.runtime.exact,
+        aligned=aligned,
         workers=given.workers,
         timeout=given.loader_timeout,
     )

@@ -136,6 +136,7 @@ class HeldOut:
                 "accuracy": float(score.accuracy()),
             }
             for name, score in totals.items()
+            if score.count > 0
         }
 
 

@@ -59,7 +59,8 @@ def to_patches(pixels: Tensor, patch: int) -> Tensor:
     if pixels.dtype == torch.uint8:
         pixels = pixels.float() / 127.5 - 1.0
     grid = pixels.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+    places = (height // patch) * (width // patch)  # no -1: a rank may have no sample at all
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, places, channels * patch * patch)
 
 
 class TextEmbed(nn.Module):

@@ -132,7 +132,7 @@ class Step:
         with RoundedWeights():
             for batch in self.batches:
                 with self.held.forward(batch.stream), autocast(self.device, self.precision):
-                    loss, _ = self.learner(batch, self.factors, touch=False)
+                    loss, _ = self.learner(batch, self.factors)
                 loss.backward()
                 losses.append(loss.detach())
         if self.clip:

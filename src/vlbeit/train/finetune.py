@@ -30,7 +30,6 @@ from vlbeit.train.limit import matrix_limit
 from vlbeit.train.loop import Learning
 from vlbeit.train.opening import (
     Opened,
-    RunningMean,
     check_same_data,
     check_same_run,
     learn,
@@ -73,11 +72,13 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
     else:
         facts = learn_facts(config, sources)
     task = build_task(config, facts)
-    if getattr(task, "gathers", False):
+    gathers = getattr(task, "gathers", False)
+    if gathers:
         check_shares(config, world.size)
     stream = TaskStream(task, sources, text, config, training=True, passes=len(task.paths))
     world.on_main(stream.check)
-    loader = task_loader(config, stream, rank=world.rank, world=world.size)
+    aligned = gathers or config.runtime.sharding == "full"
+    loader = task_loader(config, stream, rank=world.rank, world=world.size, aligned=aligned)
     samples = {stream_name: stream.records}
     if checkpoint is not None:
         check_same_data(checkpoint, samples)
@@ -90,14 +91,15 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
     freeze(model, task)
     model.to(world.device)
     set_blocks(model, config.runtime, world.device)
-    mean = RunningMean(model, config.optim.ema) if config.optim.ema else None
     held_out = TaskHeldOut(config, task, text)
 
     return learn(
         opened,
         config,
         model=model,
-        optimizer=build_optimizer(model, config.optim, config.model.layers, config.optim.head_lr),
+        optimizer=lambda: build_optimizer(
+            model, config.optim, config.model.layers, config.optim.head_lr
+        ),
         learning=task_learning(config, model, task),
         loader=loader,
         sources=samples,
@@ -108,7 +110,7 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
         summary=summary(config, model, stream, sources, opened),
         matrix_limit=matrix_limit(world.device, config.precision),
         files={TASK_FILE: task.facts},
-        mean=mean,
+        ema=config.optim.ema,
     )
 
 
@@ -193,6 +195,7 @@ def task_learning(config: FinetuneConfig, model: VLBeit, task: Task) -> Learning
         prepare=lambda batch: batch,
         tokens=lambda batch: batch.tokens(config.model.patch),
         flops=lambda batch: task_flops(config.model, batch, task.paths, not trunk_learns),
+        gathers=getattr(task, "gathers", False),
     )
 
 

@@ -1,7 +1,7 @@
 """The training step, on one page: of pretraining and of every downstream task.
 
     for each step: plan -> micro-batches -> scores -> one backward per micro-batch
-                   -> clip -> guard -> update -> rows of the log -> checkpoint
+                   -> add over ranks -> clip -> guard -> update -> rows of the log -> checkpoint
 
 What is learned comes as an argument (`Learning`): the loop knows names, weights and sums.
 
@@ -18,7 +18,6 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.data.loader import Cursors, SkipBudget, StepData, StepLoader
@@ -26,6 +25,8 @@ from vlbeit.errors import NonFiniteError, StopRequested
 from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.train.distributed import World
+from vlbeit.train.empty_batch import fill_gaps
+from vlbeit.train.gradients import Gradients
 from vlbeit.train.memory import ActivationMemory, memory_mb
 from vlbeit.train.optim import lr_at, set_lr
 from vlbeit.train.runfolder import RunFolder
@@ -46,6 +47,7 @@ class MicroBatch(Protocol):
 
 
 B = TypeVar("B", bound=MicroBatch)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,30 +67,31 @@ class Learning(Generic[B]):
     """Real tokens of a micro-batch."""
     flops: Callable[[B], int]
     """Useful arithmetic of forward and backward."""
+    gathers: bool = False
+    """Whether `score` exchanges tensors with the other ranks."""
 
 
 class Learner(nn.Module, Generic[B]):
-    """Model and scores as one module, so that DDP sees one forward pass per micro-batch."""
+    """Model and scores as one module: the root that a sharded model is entered through."""
 
     def __init__(self, model: nn.Module, score: Callable[[B], dict[str, Score]]) -> None:
         super().__init__()
         self.model = model
         self.score = score
 
-    def forward(
-        self, batch: B | None, factors: dict[str, float], touch: bool
-    ) -> tuple[Tensor, dict[str, Score]]:
+    def forward(self, batch: B, factors: dict[str, float]) -> tuple[Tensor, dict[str, Score]]:
         """The micro-batch's share of the step's loss, and its scores.
 
-        `factors` holds weight / global count by objective. `touch` adds a zero that depends on
-        every trained parameter: DDP waits in the last backward pass of a step for all of them,
-        and a single stream does not use all experts.
+        `factors` holds weight / global count by objective.
         """
-        scores = {} if batch is None else self.score(batch)
+        scores = self.score(batch)
         parts = [factors[name] * score.loss_sum for name, score in scores.items()]
-        if touch or not parts:
-            parts += [0.0 * p.sum() for p in self.model.parameters() if p.requires_grad]
         return torch.stack([part.float() for part in parts]).sum(), scores
+
+    def inside(self, ask: Callable[[], T]) -> T:
+        """What `ask` returns, while a sharded model's weights can be had: without a gradient and
+        at every rank together."""
+        return ask()
 
 
 @dataclass(kw_only=True)
@@ -108,6 +111,10 @@ class Run(Generic[B]):
     config: PretrainConfig | FinetuneConfig
     world: World
     model: VLBeit
+    learner: Learner[B]
+    """The model with the scores of `learning`; sharded or not."""
+    gradients: Gradients
+    """How the ranks' gradients are added."""
     optimizer: torch.optim.Optimizer
     learning: Learning[B]
     loader: StepLoader[B]
@@ -135,15 +142,9 @@ def train(run: Run[B]) -> None:
     """
     config, world, progress = run.config, run.world, run.progress
     learning = run.learning
-    learner = Learner(run.model, learning.score)
-    trained: nn.Module = learner
-    if world.size > 1:
-        trained = DistributedDataParallel(
-            learner,
-            device_ids=[world.device] if world.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
     run.model.train()
+    # Gathered weights are dropped after each pass: nothing to keep from one to the next.
+    sharded = config.runtime.sharding != "none"
     first = progress.step + 1
     started, saved = time.perf_counter(), progress.step
     steps = run.loader.steps(progress.cursors, first, config.max_steps)
@@ -153,35 +154,37 @@ def train(run: Run[B]) -> None:
         set_lr(run.optimizer, lr)
 
         # ---- forward and backward: one micro-batch after the other
-        batches = [batch.to(world.device) for group in data.batches.values() for batch in group]
+        parts = {
+            number: [None if batch is None else batch.to(world.device) for batch in part]
+            for number, part in data.parts.items()
+        }
+        batches = [batch for part in parts.values() for batch in part if batch is not None]
         factors, skipped = global_factors(run, batches, data)
-        scores = {name: Score.zero(world.device) for name in learning.weights}
+        table = torch.zeros(
+            run.loader.parts, len(factors), 3, dtype=torch.float64, device=world.device
+        )
         held = ActivationMemory(world.device)
-        micro: list[B | None] = [*batches] or [None]
-        weights = RoundedWeights()  # the same for all micro-batches of a step
-        for number, batch in enumerate(micro):
-            last = number == len(micro) - 1
-            if batch is not None:
-                batch = learning.prepare(batch)
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(weights)
-                if isinstance(trained, DistributedDataParallel) and not last:
-                    stack.enter_context(trained.no_sync())
-                named = "none" if batch is None else batch.stream
-                with held.forward(named), autocast(world.device, config.precision):
-                    loss, part = trained(batch, factors, touch=last and world.size > 1)
-                with world.guard("averaging gradients"):
-                    # DDP averages over ranks; the factors already hold the global count.
-                    (loss * world.size).backward()
-            for name, score in part.items():
-                scores[name] = scores[name] + score.detach()
-
-        del weights
+        with contextlib.nullcontext() if sharded else RoundedWeights():
+            for number, part in fill_gaps(parts, world, run.loader.aligned).items():
+                scores = {name: Score.zero(world.device) for name in factors}
+                for batch in part:
+                    batch = learning.prepare(batch)
+                    with (
+                        held.forward(batch.stream),
+                        autocast(world.device, config.precision),
+                        world.guard("a forward pass"),
+                    ):
+                        loss, found = run.learner(batch, factors)
+                    with world.guard("a backward pass"):
+                        loss.backward()
+                    for name, score in found.items():
+                        scores[name] = scores[name] + score.detach()
+                table[number] = table_of(scores)
+                run.gradients.end_part()
 
         # ---- guard and update
-        limit = config.optim.clip or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-        sums = global_sums(run, scores)
+        grad_norm = run.gradients.finish(config.optim.clip or float("inf"))
+        sums = global_sums(run, table)
         finite = bool(torch.isfinite(grad_norm)) and all(s["finite"] for s in sums.values())
         if finite:
             run.optimizer.step()
@@ -269,15 +272,20 @@ def global_factors(
     return factors, skipped
 
 
-def global_sums(run: Run[B], scores: dict[str, Score]) -> dict[str, dict[str, Any]]:
-    """Scores over all ranks, by objective; those that predicted nothing are left out."""
-    table = torch.stack(
-        [
-            torch.stack([s.loss_sum.double(), s.count.double(), s.correct.double()])
-            for s in scores.values()
-        ]
+def table_of(scores: dict[str, Score]) -> Tensor:
+    """(objectives, 3) float64: sum of the loss, count, correct."""
+    return torch.stack(
+        [torch.stack([s.loss_sum.double(), s.count, s.correct]) for s in scores.values()]
     )
-    table = run.world.sum_over_ranks(table).cpu()
+
+
+def global_sums(run: Run[B], table: Tensor) -> dict[str, dict[str, Any]]:
+    """Scores over all ranks, by objective; those that predicted nothing are left out.
+
+    Shapes: table (parts, objectives, 3) with this rank's parts in it and zeros for the others', so
+    that the order in which ranks are added does not matter.
+    """
+    table = run.world.sum_over_ranks(table).cpu().sum(dim=0)
     return {
         name: {
             "loss": float(loss / count),
@@ -285,7 +293,7 @@ def global_sums(run: Run[B], scores: dict[str, Score]) -> dict[str, dict[str, An
             "accuracy": float(correct / count),
             "finite": bool(torch.isfinite(loss)),
         }
-        for name, (loss, count, correct) in zip(scores, table, strict=True)
+        for name, (loss, count, correct) in zip(run.learning.weights, table, strict=True)
         if count > 0
     }
 

@@ -13,28 +13,39 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlbeit.checkpoint import (
     Checkpoint,
     Tokenizer,
     check_space,
+    clear_shares,
     list_checkpoints,
     load_newest,
     open_checkpoint,
     remove_leftovers,
     save_checkpoint,
+    write_shares,
 )
 from vlbeit.config import FinetuneConfig, PretrainConfig, RuntimeConfig, from_dict, to_dict
 from vlbeit.data.loader import SkipBudget, StepLoader
 from vlbeit.data.records import RecordSource
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
+from vlbeit.tensorfile import tensor_bytes
 from vlbeit.train.allocator import keep_memory
 from vlbeit.train.distributed import World, init_world, set_threads, use_deterministic_kernels
-from vlbeit.train.loop import Learning, MicroBatch, Progress, Run, train
+from vlbeit.train.gradients import Gradients, OrderedGradients, SummedGradients
+from vlbeit.train.loop import Learner, Learning, MicroBatch, Progress, Run, train
 from vlbeit.train.optim import load_optimizer_tensors, optimizer_tensors
 from vlbeit.train.runfolder import RunFolder, environment
+from vlbeit.train.sharding import (
+    ShardedGradients,
+    ask_inside,
+    load_optimizer_shares,
+    local,
+    shard_model,
+)
 from vlbeit.train.signals import StopSignal
 
 B = TypeVar("B", bound=MicroBatch)
@@ -165,7 +176,11 @@ def check_same_run(opened: Opened, config: Any, may_change: Sequence[str] = MAY_
             f"{checkpoint.folder} belongs to a run with other settings: {'; '.join(differ)}. "
             "Give the same settings, or another --run-dir"
         )
-    for words in checkpoint.differences(world_size=opened.world.size, threads=opened.threads):
+    parts = config.runtime.exact
+    exact = parts > 0 and then.get("runtime.exact") == parts
+    for words in checkpoint.differences(
+        world_size=opened.world.size, threads=opened.threads, exact=exact
+    ):
         opened.log(f"note: {words}")
 
 
@@ -205,13 +220,14 @@ class RunningMean:
         self.mean = {
             name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad
         }
+        """On a sharded model its shares."""
 
     def update(self) -> None:
         """mean = decay * mean + (1 - decay) * weights."""
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad:
-                    self.mean[name].lerp_(parameter, 1 - self.decay)
+                    local(self.mean[name]).lerp_(local(parameter), 1 - self.decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -227,7 +243,7 @@ class RunningMean:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if name in tensors:
-                    parameter.copy_(tensors[name])
+                    local(parameter).copy_(local(tensors[name]))
 
 
 TRAINED = "trained/"
@@ -240,7 +256,7 @@ def learn(
     config: PretrainConfig | FinetuneConfig,
     *,
     model: VLBeit,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Callable[[], torch.optim.Optimizer],
     learning: Learning[B],
     loader: StepLoader[B],
     sources: Mapping[str, Mapping[str, int]],
@@ -252,12 +268,14 @@ def learn(
     matrix_limit: float,
     first_skips: Sequence[Mapping[str, Any]] = (),
     files: Mapping[str, Mapping[str, Any]] = {},
-    mean: RunningMean | None = None,
+    ema: float = 0.0,
 ) -> Path:
     """Train from the beginning, or from the checkpoint in `opened`; returns the run folder.
 
     Args:
-        model, optimizer: fresh or as they start; a resume overwrites them from the checkpoint.
+        model: fresh or as it starts; a resume overwrites it from the checkpoint, and a sharded run
+            shares its parameters out.
+        optimizer: makes that of the model's parameters as they are then.
         sources: samples by stream and source (`source_facts`).
         preprocessor: what `preprocessing` says.
         evaluate: held-out scores of the model as it is, the columns of a row of eval.jsonl;
@@ -265,21 +283,44 @@ def learn(
         summary: the line that says what is trained on what.
         first_skips: rows of skips.jsonl from before the first step.
         files: more JSON files for every checkpoint, by name.
-        mean: the running mean of the weights, if the run keeps one.
+        ema: decay of the running mean of the weights that is saved as the model; 0: none is kept.
     """
     world, folder, checkpoint = opened.world, opened.folder, opened.checkpoint
+    sharded = config.runtime.sharding == "full" and world.size > 1
+    if config.runtime.exact:
+        check_exact(config, model, learning, world.size)
     progress = Progress(step=0, cursors=loader.start_cursors())
     budget = SkipBudget(config.input.skip_budget)
+
+    # ---- weights while they are whole, then who keeps what, then the state that goes with them
     if checkpoint is not None:
-        moments = checkpoint.optimizer_tensors()
-        kept = {k.removeprefix(TRAINED): moments.pop(k) for k in [*moments] if TRAINED in k}
         model.load_tensors(checkpoint.model_tensors(), str(checkpoint.folder))
-        if mean is not None:
-            for name in mean.mean:
-                mean.mean[name].copy_(model.get_parameter(name))
-                with torch.no_grad():
-                    model.get_parameter(name).copy_(kept[name])
-        load_optimizer_tensors(optimizer, moments)
+    parameters = tensor_bytes(dict(model.named_parameters()))
+    learner = Learner(model, learning.score)
+    gradients: Gradients
+    if sharded:
+        shard_model(learner, model, world)
+        gradients = ShardedGradients(model.parameters(), world)
+    elif config.runtime.exact:
+        gradients = OrderedGradients(model.parameters(), world)
+    else:
+        gradients = SummedGradients(model.parameters(), world)
+    adamw = optimizer()
+    mean = RunningMean(model, ema) if ema else None
+
+    def trained() -> dict[str, Tensor]:
+        names = () if mean is None else mean.mean
+        return {TRAINED + name: model.get_parameter(name).detach() for name in names}
+
+    if checkpoint is not None:
+        # With a running mean the weights above were the mean; training goes on from its own.
+        if sharded:
+            load_optimizer_shares(adamw, checkpoint.optimizer_place, trained())
+        else:
+            moments = checkpoint.optimizer_tensors()
+            for name, weights in trained().items():
+                weights.copy_(moments.pop(name))
+            load_optimizer_tensors(adamw, moments)
         progress = Progress(
             step=checkpoint.step,
             cursors=checkpoint.state["cursors"],
@@ -290,7 +331,6 @@ def learn(
 
     def start() -> None:
         assert folder is not None
-        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
         if checkpoint is None:
             check_space(opened.run_dir, 3 * parameters)  # weights and two moments
         opened.write_start(progress.step, config)
@@ -305,21 +345,23 @@ def learn(
     averaged = contextlib.nullcontext if mean is None else mean.in_place
 
     def save() -> None:
+        began = time.perf_counter()
+        state = optimizer_tensors(adamw) | {n: w.clone() for n, w in trained().items()}
+        shares: tuple[Path, Path] | None = None
+        if sharded:
+            world.on_main(lambda: clear_shares(opened.run_dir))
+            with averaged(), world.guard("writing shares"):
+                shares = write_shares(opened.run_dir, model.state_dict(), state)
+
         def write() -> None:
             assert folder is not None
             folder.sync()
-            began = time.perf_counter()
-            moments = optimizer_tensors(optimizer)
-            if mean is not None:
-                moments |= {
-                    TRAINED + name: model.get_parameter(name).detach().clone() for name in mean.mean
-                }
             with averaged():
                 place = save_checkpoint(
                     opened.run_dir,
                     progress.step,
-                    model_tensors=model.state_dict(),
-                    optimizer_tensors=moments,
+                    model_tensors=model.state_dict() if shares is None else shares[0],
+                    optimizer_tensors=state if shares is None else shares[1],
                     state={
                         "cursors": progress.cursors,
                         "nonfinite_in_row": progress.nonfinite_in_row,
@@ -338,16 +380,23 @@ def learn(
                     log=opened.log,
                     files=files,
                 )
+            clear_shares(opened.run_dir)
             opened.log(f"saved {place} in {time.perf_counter() - began:.1f} s")
 
         world.on_main(write)
 
+    def measured() -> Mapping[str, Any]:
+        with averaged():
+            return evaluate()
+
     def evaluate_at(step: int) -> None:
-        # Every rank could take a share; at these sizes rank 0 alone is quick enough.
+        # Every rank could take a share; at these sizes rank 0 alone is quick enough. Where it does
+        # not have the weights, all ranks do the same work together.
+        together = ask_inside(learner, measured) if sharded else None
+
         def measure() -> None:
             assert folder is not None
-            with averaged():
-                found = evaluate()
+            found = measured() if together is None else together
             if found:
                 folder.evals.append({"step": step, **found})
                 folder.log(held_out_line(step, found))
@@ -365,7 +414,9 @@ def learn(
                 config=config,
                 world=world,
                 model=model,
-                optimizer=optimizer,
+                learner=learner,
+                gradients=gradients,
+                optimizer=adamw,
                 learning=learning,
                 loader=loader,
                 budget=budget,
@@ -386,6 +437,30 @@ def learn(
     )
     world.close()
     return opened.run_dir
+
+
+def check_exact(
+    config: PretrainConfig | FinetuneConfig, model: nn.Module, learning: Learning[B], ranks: int
+) -> None:
+    """Raise ConfigError where another number of ranks would learn something else after all."""
+    if ranks > config.runtime.exact or ranks & (ranks - 1):
+        legal = [2**i for i in range(config.runtime.exact.bit_length())]
+        raise ConfigError(
+            f"runtime.exact {config.runtime.exact} can be shared by "
+            f"{', '.join(map(str, legal))} processes, found {ranks}: start one of these, or set "
+            "it to 0"
+        )
+    if learning.gathers:
+        raise ConfigError(
+            "runtime.exact: this task compares samples over all processes, so what it learns "
+            "depends on their number; set it to 0"
+        )
+    norms = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms:
+        raise ConfigError(
+            f"runtime.exact: the running statistics of {norms[0]} are each process's own; use "
+            "another norm, or set runtime.exact to 0"
+        )
 
 
 def held_out_line(step: int, found: Mapping[str, Any]) -> str:

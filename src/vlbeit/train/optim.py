@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlbeit.config import OptimConfig
 
@@ -39,7 +40,7 @@ def param_groups(
     Args:
         head_lr: factor of a task's head (`task.*`).
     """
-    groups: dict[tuple[float, float], dict[str, object]] = {}
+    groups: dict[tuple[float, float, bool], dict[str, object]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -47,7 +48,7 @@ def param_groups(
         factor = config.layer_decay ** (layers + 1 - layer_of(name, layers))
         factor *= head_lr if name.startswith("task.") else 1.0
         group = groups.setdefault(
-            (decay, factor),
+            (decay, factor, isinstance(parameter, DTensor)),  # shares do not mix with tensors
             {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor},
         )
         group["params"].append(parameter)  # type: ignore[attr-defined]

@@ -15,6 +15,8 @@ from vlbeit.eval.heldout import HeldOut
 from vlbeit.nn.flops import training_flops
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, count_targets, score_batch, views
+from vlbeit.tasks import Path as Way
+from vlbeit.tasks import reached
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.tokens.visual import VisualTokenizer, load_visual_tokenizer
 from vlbeit.train.block_settings import set_blocks
@@ -78,6 +80,7 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
 
     # ---- model and optimizer
     model = VLBeit(config.model, seed=config.seed).to(world.device)
+    freeze_unreached(config, model)
     set_blocks(model, config.runtime, world.device)
     held_out = HeldOut(config, text, visual)
 
@@ -89,7 +92,7 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
         opened,
         config,
         model=model,
-        optimizer=build_optimizer(model, config.optim, config.model.layers),
+        optimizer=lambda: build_optimizer(model, config.optim, config.model.layers),
         learning=masked_prediction(config, model, visual),
         loader=loader,
         sources=facts,
@@ -101,6 +104,26 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
         matrix_limit=matrix_limit(world.device, config.precision),
         first_skips=[row for s in streams if isinstance(s, TextStream) for row in s.skips()],
     )
+
+
+def freeze_unreached(config: PretrainConfig, model: VLBeit) -> None:
+    """Leave learning to what some objective reaches, so that weight decay does not eat the rest.
+
+    A run of pairs alone, for one, never asks the V- and L-experts below a VL-expert.
+    """
+    batch, objective = config.batch, config.objective
+    paths: dict[Way, int] = {"image": batch.images, "text": batch.texts, "pair": batch.pairs}
+    learns = set(reached(model, [path for path, count in paths.items() if count]))
+    words = batch.texts or (batch.pairs and objective.mvlm_text)
+    patches = batch.images or (batch.pairs and objective.mvlm_image)
+    for name, parameter in model.named_parameters():
+        if name.startswith("heads.mlm."):
+            asked = bool(words)
+        elif name.startswith("heads.mim.") or name == "image.masked_patch":
+            asked = bool(patches)
+        else:
+            asked = name in learns
+        parameter.requires_grad_(asked)
 
 
 def masked_prediction(

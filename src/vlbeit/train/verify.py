@@ -18,6 +18,7 @@ from vlbeit.checkpoint import (
     MANIFEST,
     MODEL,
     OPTIMIZER,
+    OPTIMIZER_PARTS,
     Checkpoint,
     list_checkpoints,
     load_newest,
@@ -168,8 +169,8 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": checkpoint.config,
         "tensors": {
             name: _describe_tensors(read_header(checkpoint.folder / name))
-            for name in (MODEL, OPTIMIZER)
-            if name in manifest["files"]
+            for name in manifest["files"]
+            if name in (MODEL, OPTIMIZER) or name.startswith(f"{OPTIMIZER_PARTS}/")
         },
     }
 

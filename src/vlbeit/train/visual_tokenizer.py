@@ -27,6 +27,7 @@ from vlbeit.tokens.teachers import RANDOM, Teacher, build_teacher
 from vlbeit.tokens.visual import VisualTokenizer
 from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
 from vlbeit.train.distributed import World
+from vlbeit.train.gradients import sum_gradients
 from vlbeit.train.optim import (
     decays,
     load_optimizer_tensors,
@@ -260,7 +261,8 @@ def train_visual_tokenizer(
             units, codes = losses.quantized.units, losses.quantized.codes
             parts = (losses.total, losses.pixels, losses.features, losses.quantized.commitment)
             values = torch.stack([part.detach().float() for part in parts]) * share
-        _sum_gradients(parameters, world)
+        if world.size > 1:
+            sum_gradients(parameters, world)
         torch.nn.utils.clip_grad_norm_(parameters, config.clip or float("inf"))
         optimizer.step()
 
@@ -401,17 +403,6 @@ def _groups(model: VQKD, config: VisualTokenizerConfig) -> list[dict[str, object
 
 def _features(teacher: Teacher, model: VQKD, pixels: Tensor) -> Tensor:
     return teacher.features(pixels, model.image.grid(pixels))
-
-
-def _sum_gradients(parameters: Sequence[torch.nn.Parameter], world: World) -> None:
-    """One all-reduce for all gradients; the model is small."""
-    if world.size == 1:
-        return
-    grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = world.sum_over_ranks(torch.cat([grad.flatten() for grad in grads]))
-    sizes = [p.numel() for p in parameters]
-    for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-        parameter.grad = part.view_as(parameter)
 
 
 def _rank_slice(visits: list[Visit], world: World) -> list[Visit]:
