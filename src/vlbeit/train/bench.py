@@ -14,6 +14,7 @@ from dataclasses import replace
 
 import torch
 
+from vlbeit.allocator import keep_freed_memory
 from vlbeit.config import BatchConfig, PretrainConfig
 from vlbeit.errors import ConfigError
 from vlbeit.overrides import parse_config
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> int:
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
     bench = parse(words, f"vlbeit bench {kind}")
     use_deterministic_kernels()  # as every run does
+    keep_freed_memory()
     if kind == "data":
         report, text = measure_data(bench), describe_data
     else:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from vlbeit.allocator import keep_freed_memory
 from vlbeit.checkpoint import (
     Checkpoint,
     Tokenizer,
@@ -110,6 +111,7 @@ def open_run(config: RunConfig) -> Iterator[Opened]:
     world = init_world(config.device, config.runtime.step_timeout)
     threads = set_threads(config.runtime.threads, world.local_size)
     use_deterministic_kernels()
+    keep_freed_memory()
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if world.main else None
     log: Callable[[str], None] = folder.log if folder is not None else (lambda text: None)
