@@ -53,7 +53,7 @@ $(VENV)/.python:
 # torch first and alone, so that no other package decides which torch it is.
 $(VENV)/.installed-run: pyproject.toml constraints/cpu.txt | $(VENV)/.python
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable ".[serve]"
+	$(PIP) --editable ".[serve,fast]"
 	$(CHECK_ENV)
 	@touch $@
 

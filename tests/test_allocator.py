@@ -1,4 +1,4 @@
-"""Laws of the allocator's settings, train/allocator.py."""
+"""Laws of the allocator's settings, allocator.py."""
 
 import os
 import platform
@@ -7,15 +7,15 @@ import sys
 
 import pytest
 
-from vlbeit.train.allocator import OWN
+from vlbeit.allocator import OWN
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 
 STEPS = """
 import resource, sys, torch
 if "keep" in sys.argv:
-    from vlbeit.train.allocator import keep_memory
-    print(keep_memory())
+    from vlbeit.allocator import keep_freed_memory
+    print(keep_freed_memory())
 def step():
     return [torch.ones(3_000_000) for _ in range(8)]  # 8 blocks of 12 MB
 for _ in range(3):

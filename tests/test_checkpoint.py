@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlbeit import checkpoint as ck
+from vlbeit.data import transforms
 from vlbeit.errors import InputError, SaveError, UnsafeError
 from vlbeit.tensorfile import read_header, refuse_pickle
 from vlbeit.train import verify
@@ -336,6 +337,20 @@ def test_a_run_says_when_ranks_or_threads_changed(tmp_path):
     assert found.differences(world_size=1, threads=1) == []
     said = found.differences(world_size=2, threads=1)
     assert len(said) == 1 and "world_size was 1" in said[0] and "is 2" in said[0]
+
+
+def test_a_run_says_when_its_pictures_are_made_by_another_library(tmp_path, monkeypatch):
+    """Pixels may then differ by rounding; a checkpoint without the entry is from before it."""
+    pytest.importorskip("simplejpeg")
+    save(tmp_path, 1)
+    found = ck.load_newest(tmp_path, pytest.fail)
+    assert found is not None
+    monkeypatch.setattr(transforms, "simplejpeg", None)
+    (said,) = found.differences(world_size=1, threads=1)
+    assert str(found.manifest["pictures"]) in said and "are by Pillow" in said
+    del found.manifest["pictures"]
+    (said,) = found.differences(world_size=1, threads=1)
+    assert "Pillow bicubic" in said
 
 
 # Strangers' files ---------------------------------------------------------------------------------

@@ -449,6 +449,25 @@ def test_a_request_to_stop_does_not_reach_the_workers(streams: list[SampleStream
     assert loader_children() == []
 
 
+def busy(number: int) -> Iterator[tuple[int, float]]:
+    """What a worker makes with torch: its threads, and a sum that several would share."""
+    yield torch.get_num_threads(), float(torch.ones(1 << 20).add(1).sum())
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores for a pool of threads")
+def test_a_worker_forked_from_a_trainer_with_threads_can_use_torch() -> None:
+    """OpenMP's pool is lost in a fork: a worker that asked for it would wait for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        next(busy(0))  # the pool is there now
+        background = ProcessBackground(busy, 2, timeout=20.0)
+        assert list(background.rounds()) == [[(1, 2.0 * (1 << 20))] * 2]
+        background.close()
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_error_of_a_source_reaches_the_trainer(
     streams: list[SampleStream],

@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 from vlbeit.config import CropConfig
+from vlbeit.data import transforms
 from vlbeit.data.transforms import (
     MAX_PIXELS,
     BadImage,
@@ -293,6 +294,88 @@ def test_random_bytes_never_raise_anything_but_a_bad_image() -> None:
                 assert bad.reason
 
 
+def outcome(data: bytes) -> tuple[str, bytes]:
+    """What `decode_image` makes of some bytes: shape and pixels, or the reason."""
+    try:
+        pixels = decode_image(data)
+    except BadImage as bad:
+        return bad.reason, b""
+    return str(pixels.shape), pixels.tobytes()
+
+
+def both_outcomes(data: bytes, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """With simplejpeg, and as if it were not installed."""
+    found = [outcome(data)]
+    with monkeypatch.context() as patch:
+        patch.setattr(transforms, "simplejpeg", None)
+        found.append(outcome(data))
+    return found
+
+
+def jpegs() -> list[tuple[str, bytes]]:
+    """JPEGs of every kind that Pillow writes, of sizes that fill no whole block too."""
+    made = []
+    for height, width in ((60, 90), (1, 1), (7, 5), (61, 33), (375, 500)):
+        image = photo(height, width)
+        for subsampling in ("4:4:4", "4:2:2", "4:2:0", "4:1:1"):
+            name = f"{height} x {width}, {subsampling}"
+            made.append((name, saved(image, "JPEG", quality=90, subsampling=subsampling)))
+        made += [
+            (f"{height} x {width}, {name}", saved(image, "JPEG", **options))
+            for name, options in {
+                "progressive": {"progressive": True, "quality": 85},
+                "restart markers": {"restart_marker_rows": 1},
+                "optimised": {"optimize": True, "quality": 30},
+                "rgb inside": {"keep_rgb": True, "quality": 95},
+            }.items()
+        ]
+    return made
+
+
+def test_simplejpeg_and_pillow_decode_every_jpeg_to_the_same_bytes(monkeypatch):
+    """The law behind the optional decoder: what a picture is does not depend on an extra."""
+    pytest.importorskip("simplejpeg")
+    for name, data in jpegs():
+        fast, plain_way = both_outcomes(data, monkeypatch)
+        assert fast == plain_way, name
+
+
+def test_the_fast_path_is_taken_for_plain_jpegs_and_a_rougher_one_would_be_seen(monkeypatch):
+    """The negative check: simplejpeg's fast transform is another picture."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+    exact, calls = simplejpeg.decode_jpeg, []
+
+    def rough(data: bytes, **options: Any) -> np.ndarray:
+        calls.append(data)
+        return exact(data, **options, fastdct=True, fastupsample=True)
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", rough)
+    different = [name for name, data in jpegs() if len(set(both_outcomes(data, monkeypatch))) > 1]
+    assert len(calls) == len(jpegs()) and len(different) > 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_and_unusual_jpegs_fare_the_same_with_simplejpeg_and_without(monkeypatch):
+    """CMYK, grey, turned, cut and altered files: Pillow decides, whatever is installed."""
+    pytest.importorskip("simplejpeg")
+    draws = Draws("damaged jpegs")
+    files = [data for _, data, _ in CASES if data[:2] == b"\xff\xd8"]
+    for data in (jpeg(photo()), saved(photo(), "JPEG", progressive=True)):
+        files += [data[:length] for length in range(0, len(data), max(1, len(data) // 50))]
+        files += [data[:-1], data[:-2], data + b"\0" * 9, data + data]
+        for _ in range(150):
+            changed = bytearray(data)
+            for at in draws.integers(2, len(data), 2):
+                changed[at] = draws.integer(0, 256)
+            files.append(bytes(changed))
+    reasons = set()
+    for data in files:
+        fast, plain_way = both_outcomes(data, monkeypatch)
+        assert fast == plain_way, data[:40]
+        reasons.add(fast[0])
+    assert {"truncated_image", "(60, 90, 3)"} <= reasons
+
+
 def photo(height: int = 60, width: int = 90) -> np.ndarray:
     noise = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
@@ -394,6 +477,46 @@ def test_resizing_averages_where_it_shrinks() -> None:
     shrunk = resize(grey(board), (8, 8))
     assert shrunk.shape == (8, 8, 3) and np.abs(shrunk.astype(int) - 127).max() <= 3
     assert plain(photo(), (20, 30)).shape == (3, 20, 30)
+
+
+def pillow_resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    made = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(made).astype(int)
+
+
+def test_resizing_is_pillows_to_within_rounding():
+    noise = np.random.default_rng(1).integers(0, 256, (150, 130, 3), np.uint8)
+    for image in (photo(375, 500), photo(64, 64), noise, photo(5, 7)):
+        for size in ((224, 224), (112, 96), (32, 48)):
+            ours = resize(image, size)
+            difference = np.abs(ours - pillow_resized(image, size))
+            assert difference.max() <= 2 and difference.mean() < 0.02
+    aliased = noise[::4, ::4][:32, :32]  # the negative check: no antialiasing
+    assert np.abs(aliased - pillow_resized(noise[:128, :128], (32, 32))).mean() > 10
+
+
+def test_a_picture_of_the_models_size_is_not_touched():
+    assert np.array_equal(resize(photo(), (60, 90)), photo())
+
+
+def test_how_the_picture_lies_in_memory_does_not_matter():
+    """Decoders give read-only arrays, crops are cut out of larger ones."""
+    wide = photo(100, 120)
+    part = wide[10:71, 5:96]
+    frozen = part.copy()
+    frozen.flags.writeable = False
+    for same in (frozen, np.asfortranarray(part), part[::-1][::-1]):
+        assert np.array_equal(plain(same, (32, 32)), plain(part.copy(), (32, 32)))
+
+
+def test_jitter_is_pillows_to_the_bit():
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for key in range(40):
+        draws = Draws("bits", key)
+        wanted = Image.fromarray(photo())
+        for which in draws.permutation(3):
+            wanted = kinds[which](wanted).enhance(draws.uniform(0.0, 2.0))
+        assert np.array_equal(color_jitter(photo(), Draws("bits", key), 1.0), np.asarray(wanted))
 
 
 def seconds_per_call(function: Callable[[int], object], calls: int = 60) -> float:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.config import digest as config_digest
+from vlbeit.data.transforms import picture_path
 from vlbeit.errors import ConfigError, InputError, SaveError
 from vlbeit.jsonfile import read_json
 from vlbeit.tensorfile import read_tensors, tensor_bytes, write_tensors
@@ -133,7 +134,13 @@ class Checkpoint:
         now = {"world_size": world_size, "threads": threads}
         if exact:
             del now["world_size"]
-        return [
+        # A checkpoint without the entry is older than it.
+        pictures = self.manifest.get("pictures", "Pillow; Pillow bicubic")
+        changed = [
+            f"pictures were made by {pictures} when step {self.step} was saved and are by "
+            f"{picture_path()} now: the sample order stays the same, pixels agree to rounding"
+        ] * (pictures != picture_path())
+        return changed + [
             f"{name} was {self.manifest[name]} when step {self.step} was saved and is {value} now: "
             "the sample order stays the same, losses agree to rounding but not bit by bit"
             for name, value in now.items()
@@ -215,6 +222,7 @@ def save_checkpoint(
             "step": step,
             "world_size": world_size,
             "threads": threads,
+            "pictures": picture_path(),
             "rng": RNG_SCHEME,
             "cursors": state["cursors"],
             "config_digest": config_digest(dict(config)),

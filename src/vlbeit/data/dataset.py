@@ -3,13 +3,14 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vlbeit.data.manifest import write_atomic
-from vlbeit.data.records import RecordSource, is_remote
+from vlbeit.data.records import RecordSource
+from vlbeit.data.remote import fetched_bytes, is_remote, refuse_secrets
 from vlbeit.errors import InputError, SaveError
 
 FORMAT = "vlbeit-dataset"
@@ -58,8 +59,37 @@ class Dataset:
                 f"`vlbeit prepare scenes --out {given} --count 2000 --seed 0`"
             )
         try:
-            body = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+            content = file.read_bytes()
+        except OSError as error:
+            raise InputError(f"{file}: cannot read it ({error}); prepare it again") from None
+        folder = file.parent.absolute()
+        return cls._read(str(file), content, folder, lambda name: str(folder / name))
+
+    @classmethod
+    def copy_of_remote(cls, url: str, folder: Path) -> "Dataset":
+        """Write a dataset.json into `folder` that names the shards of the one at a URL.
+
+        Args:
+            url: of a prepared folder, or of the dataset.json in it.
+
+        Raises:
+            InputError: it cannot be fetched, or is no dataset.json.
+            ConfigError: the URL has credentials in it.
+            SaveError: `folder` cannot be written.
+        """
+        root = url.removesuffix("/dataset.json").rstrip("/")
+        content = fetched_bytes(f"{root}/dataset.json")
+        there = cls._read(f"{root}/dataset.json", content, folder, lambda name: f"{root}/{name}")
+        return cls.write(folder, there.name, there.sources, there.facts)
+
+    @classmethod
+    def _read(
+        cls, file: str, content: bytes, folder: Path, place: Callable[[str], str]
+    ) -> "Dataset":
+        """What a dataset.json says; `place` makes a shard's name absolute."""
+        try:
+            body = json.loads(content)
+        except ValueError as error:
             raise InputError(f"{file}: cannot read it ({error}); prepare it again") from None
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise InputError(f"{file}: not a {FORMAT} file; prepare the folder again")
@@ -67,9 +97,8 @@ class Dataset:
             raise InputError(
                 f"{file}: version {body.get('version')!r}; this release reads version {VERSION}"
             )
-        folder = file.parent.absolute()
         try:
-            sources = [_source_of(row, folder) for row in body["sources"]]
+            sources = [_source_of(row, place) for row in body["sources"]]
             return cls(folder, str(body["name"]), sources, dict(body.get("facts", {})))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: entry missing or wrong: {error}") from None
@@ -87,12 +116,16 @@ class Dataset:
         Raises:
             ValueError: a split or stream that does not exist, or a source without shards.
             SaveError: the folder cannot be written.
+            ConfigError: the URL of a shard has credentials in it.
         """
         root = Path(folder).absolute()
         rows = []
         for source in sources:
             _check(source)
-            shards = [s if is_remote(s) else _relative(Path(s), root) for s in source.shards]
+            shards = [
+                refuse_secrets(s) if is_remote(s) else _relative(Path(s), root)
+                for s in source.shards
+            ]
             rows.append(
                 {
                     "name": source.name,
@@ -117,8 +150,8 @@ class Dataset:
         return cls.open(root)
 
 
-def _source_of(row: Mapping[str, Any], folder: Path) -> SourceInfo:
-    shards = [str(s) if is_remote(str(s)) else str(folder / str(s)) for s in row["shards"]]
+def _source_of(row: Mapping[str, Any], place: Callable[[str], str]) -> SourceInfo:
+    shards = [str(s) if is_remote(str(s)) else place(str(s)) for s in row["shards"]]
     source = SourceInfo(
         str(row["name"]), str(row["stream"]), str(row["split"]), shards, int(row["records"])
     )

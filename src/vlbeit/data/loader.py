@@ -17,7 +17,8 @@ from vlbeit.config import PretrainConfig
 from vlbeit.data.collate import Sample, Stacked
 from vlbeit.data.dataset import open_sources
 from vlbeit.data.order import StreamOrder, Visit, source_weights
-from vlbeit.data.records import BadSample, RecordSource, cache_folder
+from vlbeit.data.records import BadSample, RecordSource
+from vlbeit.data.remote import cache_folder
 from vlbeit.data.stored_codes import SourceCodes
 from vlbeit.data.streams import ImageStream, PairStream, PictureSettings, SampleStream, TextStream
 from vlbeit.data.textpack import pack_text
@@ -447,7 +448,7 @@ def build_streams(
 
     Args:
         sources: of each stream (`dataset.open_sources`).
-        cache: where packed text is kept; None: `records.cache_folder()`.
+        cache: where packed text is kept; None: `remote.cache_folder()`.
         codes: stored codes by stream and source; a stream left out has none.
         log: is told when text is packed, which takes a while for a large corpus.
 

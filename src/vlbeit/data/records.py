@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import re
-import tempfile
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,15 @@ from vlbeit.data.manifest import (
     read_manifest,
     scan_shard,
     write_manifest,
+)
+from vlbeit.data.remote import (
+    cached_path,
+    evicted,
+    fetched,
+    is_remote,
+    open_fetched,
+    refuse_secrets,
+    remote_manifest,
 )
 from vlbeit.data.tar import BLOCK, MAX_MEMBER, padding, tar_header
 from vlbeit.errors import InputError, SaveError
@@ -211,11 +219,12 @@ def expand_shards(pattern: str) -> list[str]:
 
     Raises:
         InputError: a local name that does not exist, a glob that matches nothing.
+        ConfigError: a URL with credentials in it.
     """
     shards: list[str] = []
     for name in _expand_braces(pattern):
         if is_remote(name):
-            shards.append(name)
+            shards.append(refuse_secrets(name))
         elif os.path.exists(name):
             shards.append(os.path.abspath(name))
         else:
@@ -247,65 +256,6 @@ def _expand_braces(pattern: str) -> Iterator[str]:
         yield from _expand_braces(pattern[: match.start()] + item + pattern[match.end() :])
 
 
-def is_remote(shard: str) -> bool:
-    """Whether a shard is a URL, which is fetched once into `cache_folder()`."""
-    return "://" in shard
-
-
-def cache_folder() -> Path:
-    """Where fetched shards and the manifests of read-only shards are kept.
-
-    `VLBEIT_CACHE`, else `XDG_CACHE_HOME/vlbeit`, else `~/.cache/vlbeit`. Nothing is removed
-    from it; it may be deleted when no run is using it.
-    """
-    base = os.environ.get("VLBEIT_CACHE")
-    if base:
-        return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlbeit"
-
-
-def _cached(name: str, *identity: object) -> Path:
-    """A place in the cache that depends on what the file is, not only on its name."""
-    text = "\n".join(map(str, identity))
-    folder = cache_folder() / hashlib.sha256(text.encode()).hexdigest()[:24]
-    return folder / re.sub(r"[^A-Za-z0-9._-]", "_", name.rsplit("/", 1)[-1])
-
-
-def _fetch(url: str, target: Path) -> Path:
-    """Download once: aside first, then renamed, so that another process never sees a part."""
-    if target.exists():
-        return target
-    import fsspec  # only remote shards need it
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=target.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file, fsspec.open(url, "rb") as remote:
-            while chunk := remote.read(1 << 20):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except BaseException:
-        os.unlink(part)
-        raise
-    return target
-
-
-def local_shard(shard: str) -> Path:
-    """The shard as a local file; a URL is fetched into the cache first.
-
-    Raises:
-        InputError: the URL cannot be read.
-    """
-    if not is_remote(shard):
-        return Path(shard)
-    try:
-        return _fetch(shard, _cached(shard, shard))
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{shard}: cannot fetch it ({error})") from error
-
-
 def _is_writable(folder: Path) -> bool:
     """Whether files may be added: by permission and by the folder's own mode.
 
@@ -318,25 +268,28 @@ def _is_writable(folder: Path) -> bool:
 def open_manifest(shard: str) -> Manifest:
     """The manifest of a shard; a shard without one is scanned and gets one.
 
-    The scan's result is written beside the shard, or into `cache_folder()` where that place
-    cannot be written.
+    The scan's result is written beside the shard, or into `remote.cache_folder()` where that
+    place cannot be written. A remote shard is fetched for it once.
 
     Raises:
         InputError: no such shard, or its manifest is damaged.
     """
     if is_remote(shard):
-        beside = _cached(shard + ".manifest.json", shard)
-        try:
-            return read_manifest(_fetch(shard + ".manifest.json", beside))
-        except (OSError, ValueError, ImportError):
-            pass  # a foreign shard has none; the shard itself says more if the place is wrong
-    path = local_shard(shard)
+        manifest, cached = remote_manifest(shard)
+        if manifest is None:  # a foreign shard has none
+            try:
+                manifest = scan_shard(fetched(shard, None))
+            except FileNotFoundError as error:
+                raise evicted(shard) from error
+            write_manifest(manifest, Path(shard.rsplit("/", 1)[-1]), cached)
+        return manifest
+    path = Path(shard)
     beside = manifest_path(path)
     if beside.exists():
         return read_manifest(beside)
     try:
         state = path.stat()
-        cached = _cached(path.name + ".manifest.json", path, state.st_size, state.st_mtime_ns)
+        cached = cached_path(path.name + ".manifest.json", path, state.st_size, state.st_mtime_ns)
         if cached.exists():
             return read_manifest(cached)
         manifest = scan_shard(path)
@@ -409,6 +362,8 @@ class RecordSource:
 
         Raises:
             BadSample: anything about it is not so.
+            InputError: its shard is remote and cannot be fetched. That is the network's fault and
+                not the sample's: the run ends, and the same command goes on.
         """
         shard, position = self.locate(index)
         manifest, path = self._manifest(shard), self.shards[shard]
@@ -430,7 +385,10 @@ class RecordSource:
         # Neighbouring members cost one system call together.
         near = 0 < stop - start <= sum(member.size + 4 * BLOCK for member in members)
         try:
-            handle = self._handle(shard)
+            handle = self._handle(shard, manifest)
+        except OSError as error:
+            raise BadSample(path, key, "unreadable_shard", error.strerror or str(error)) from None
+        try:
             span = os.pread(handle, stop - start, start) if near else b""
             contents: dict[str, bytes] = {}
             for extension, offset, size, digest in members:
@@ -441,8 +399,9 @@ class RecordSource:
                 contents[extension] = data
         except OSError as error:
             raise BadSample(path, key, "unreadable_shard", error.strerror or str(error)) from None
-        except InputError as error:
-            raise BadSample(path, key, "unreadable_shard", str(error)) from None
+        finally:
+            if shard not in self._handles:
+                os.close(handle)
         return Record(key, path, contents)
 
     def _refuse(self, manifest: Manifest, path: str, member: str, found: int, size: int) -> None:
@@ -492,12 +451,15 @@ class RecordSource:
             self._manifest_bytes -= self._manifests.popitem(last=False)[1].nbytes
         return manifest
 
-    def _handle(self, shard: int) -> int:
+    def _handle(self, shard: int, manifest: Manifest) -> int:
+        """To read the shard from; one that is not in `_handles` is for the caller to close."""
+        if is_remote(self.shards[shard]):
+            return open_fetched(self.shards[shard], manifest)
         handle = self._handles.get(shard)
         if handle is not None:
             self._handles.move_to_end(shard)
             return handle
-        handle = os.open(local_shard(self.shards[shard]), os.O_RDONLY)
+        handle = os.open(self.shards[shard], os.O_RDONLY)
         self._handles[shard] = handle
         if len(self._handles) > _OPEN_SHARDS:
             os.close(self._handles.popitem(last=False)[1])
@@ -533,6 +495,11 @@ def verify_shards(paths: Iterable[str | Path]) -> dict[str, Any]:
                 report["bad"].append(
                     {"member": bad.member, "reason": bad.reason, "detail": bad.detail}
                 )
+            except InputError as error:  # a remote shard: the other records would not come either
+                report["bad"] += [
+                    {"member": "", "reason": "unreadable_shard", "detail": str(error)}
+                ] * (len(source) - index)
+                break
         report["skipped"] = len(report["bad"])
     totals = {name: sum(shard[name] for shard in shards) for name in ("listed", "used", "skipped")}
     return {"ok": totals["skipped"] == 0, **totals, "shards": shards}

@@ -1,4 +1,4 @@
-"""The three streams: a visit becomes one masked sample, by numpy and Pillow alone.
+"""The three streams: a visit becomes one masked sample, without a model.
 
 A sample is a pure function of (seed, stream, source, epoch, index): crop, flip, caption, masks and
 dropped paths are drawn from streams keyed by these, so it does not matter which rank or worker

@@ -21,6 +21,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
+import torch
+
+from vlbeit.allocator import keep_freed_memory
 from vlbeit.errors import LostWorkerError, VLBeitError
 
 T = TypeVar("T")
@@ -194,6 +197,10 @@ def _serve_pipe(
     """A worker's life. Requests to stop concern the trainer, which ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    keep_freed_memory()
+    # Torch resizes the pictures. Its pool of threads does not survive a fork, and a worker that
+    # asks for it would wait for ever; a worker is one thread's work in any case.
+    torch.set_num_threads(1)
     for other in inherited:
         other.close()
     # A thread writes, so that the next item is made while the last one waits to be fetched.

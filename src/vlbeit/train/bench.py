@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from vlbeit.allocator import keep_freed_memory
 from vlbeit.config import BatchConfig, PretrainConfig
 from vlbeit.errors import ConfigError
 from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
 from vlbeit.serve.bench_serve import main as bench_serve
-from vlbeit.train.allocator import keep_memory
 from vlbeit.train.bench_data import describe_data, measure_data
 from vlbeit.train.bench_growth import main as bench_growth
 from vlbeit.train.bench_micro import describe_micro, find_micro
@@ -44,8 +44,7 @@ def main(argv: list[str]) -> int:
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
     bench = parse(words, f"vlbeit bench {kind}")
     use_deterministic_kernels()  # as every run does
-    if bench.device.type == "cpu":
-        keep_memory()
+    keep_freed_memory()
     if kind == "data" and bench.find_micro:
         raise ConfigError("--find-micro is of `vlbeit bench step`")
     if kind == "data":

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vlbeit.allocator import keep_freed_memory
 from vlbeit.checkpoint import (
     Checkpoint,
     Tokenizer,
@@ -33,7 +34,6 @@ from vlbeit.data.records import RecordSource
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
 from vlbeit.tensorfile import tensor_bytes
-from vlbeit.train.allocator import keep_memory
 from vlbeit.train.distributed import World, init_world, set_threads, use_deterministic_kernels
 from vlbeit.train.gradients import Gradients, OrderedGradients, SummedGradients
 from vlbeit.train.loop import Learner, Learning, MicroBatch, Progress, Run, train
@@ -122,8 +122,7 @@ def open_run(config: RunConfig) -> Iterator[Opened]:
     world = init_world(config.device, config.runtime.step_timeout)
     threads = set_threads(config.runtime.threads, world.local_size)
     use_deterministic_kernels()
-    if world.device.type == "cpu":
-        keep_memory()
+    keep_freed_memory()
     run_dir = Path(config.run_dir)
     folder = RunFolder(run_dir) if world.main else None
     log: Callable[[str], None] = folder.log if folder is not None else (lambda text: None)

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from vlbeit.data.transforms import jpeg_decoder
 from vlbeit.errors import SaveError
 
 LOCK_WAIT = 15.0
@@ -307,6 +308,7 @@ def environment(*, world_size: int, threads: int, device: torch.device) -> dict[
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
+        "jpeg_decoder": jpeg_decoder(),
         "torch_build": torch.__config__.show(),
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,

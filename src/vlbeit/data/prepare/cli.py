@@ -47,6 +47,16 @@ def main(argv: Sequence[str]) -> int:
 
         prepare_scenes(given.out, given.count, given.seed, given.size)
         return 0
+    if given.verb == "remote":
+        from vlbeit.data.prepare.remote_folder import name_remote_folder
+
+        print(name_remote_folder(given.url, given.out))
+        return 0
+    for source in getattr(given, "sources", []):
+        if "://" in str(source):
+            from vlbeit.data.remote import refuse_secrets
+
+            refuse_secrets(str(source))
     report = _prepare(given, _options(given))
     if given.json:
         print(json.dumps(report.to_dict(), indent=1))
@@ -72,6 +82,10 @@ def parser() -> Parser:
     scenes.add_argument("--count", type=int, required=True, help="pairs to draw")
     scenes.add_argument("--seed", type=int, default=0)
     scenes.add_argument("--size", type=int, default=40, help="side of a picture in pixels")
+
+    remote = verbs.add_parser("remote", help="a prepared folder at a URL: its shards are named")
+    remote.add_argument("url", metavar="URL", help="https://, s3://, ...; shards are fetched later")
+    remote.add_argument("--out", type=Path, required=True, metavar="DIR")
 
     images = add_verb(verbs, "images", "folders, tar archives or JSONL rows of images")
     images.add_argument("sources", nargs="*", metavar="SOURCE", help="folder, .tar or .jsonl")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from vlbeit.data.manifest import IMAGE_EXTENSIONS
 from vlbeit.data.prepare.rows import Bad
+from vlbeit.data.remote import is_remote, open_fetched
 from vlbeit.data.tar import scan_tar
 from vlbeit.errors import InputError
 
@@ -29,6 +30,7 @@ class BadPlace(Exception):
 
 class Place(NamedTuple):
     path: str
+    """Of a file, or the URL of a shard."""
     offset: int = 0
     size: int = -1
     """-1: the whole file."""
@@ -36,7 +38,7 @@ class Place(NamedTuple):
     def read(self) -> bytes:
         """The bytes. Raises BadPlace when they cannot be read."""
         try:
-            with open(self.path, "rb") as file:
+            with open(self._opened(), "rb") as file:
                 file.seek(self.offset)
                 data = file.read(self.size if self.size >= 0 else MAX_FILE + 1)
         except OSError as error:
@@ -46,6 +48,10 @@ class Place(NamedTuple):
         if len(data) < self.size:
             raise BadPlace("truncated_image", f"{self.path}: ends inside this member")
         return data
+
+    def _opened(self) -> str | int:
+        # Every record of a remote shard has been compared with its manifest when it was planned.
+        return open_fetched(self.path, None) if is_remote(self.path) else self.path
 
 
 class Member(NamedTuple):

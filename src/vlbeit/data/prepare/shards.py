@@ -15,7 +15,7 @@ from vlbeit.data.prepare.folder import new_folder
 from vlbeit.data.prepare.locate import Place
 from vlbeit.data.prepare.plan import Item, Options, Picture, Plan
 from vlbeit.data.prepare.rows import Bad
-from vlbeit.data.records import BadSample, RecordSource, expand_shards, local_shard, open_manifest
+from vlbeit.data.records import BadSample, RecordSource, expand_shards, open_manifest
 from vlbeit.errors import ConfigError
 
 
@@ -87,7 +87,7 @@ def plan_shards(by_split: dict[str, list[str]], options: Options) -> Plan:
         drawn = "" if split == "train" and options.val_fraction else split
         for shard in shards:
             source = RecordSource(options.name, [shard])
-            manifest, path = open_manifest(shard), str(local_shard(shard))
+            manifest = open_manifest(shard)
             for index in range(len(source)):
                 try:
                     record = source.read(index)
@@ -105,7 +105,7 @@ def plan_shards(by_split: dict[str, list[str]], options: Options) -> Plan:
                     for m in manifest.members(index)
                     if m.extension == extension
                 )
-                place = Place(path, member.offset, member.size)
+                place = Place(shard, member.offset, member.size)
                 name = f"{record.key}.{member.extension}"
                 plan.items.append(
                     Item(drawn, name, f"{shard}:{name}", (Picture(place),), {"captions": captions})
