@@ -5,6 +5,7 @@
     vlbeit bench data   [--recipe base] [--samples 4] [--threads N] [--json]
     vlbeit bench plan   [--recipe base] --gpus N (--measured JSON | --peak-tflops P --share S)
     vlbeit bench growth [--plot PNG] [--json]
+    vlbeit bench gpu    [--recipes small base] [--minutes 8] [--out FOLDER]
     vlbeit bench serve RUN ...: see `vlbeit bench serve --help`
 
 Every setting of a recipe can be given too, such as `--objective.mvlm joint`.
@@ -25,6 +26,7 @@ from vlbeit.overrides import parse_config
 from vlbeit.recipes import PRETRAIN
 from vlbeit.serve.bench_serve import main as bench_serve
 from vlbeit.train.bench_data import describe_data, measure_data
+from vlbeit.train.bench_gpu import main as bench_gpu
 from vlbeit.train.bench_growth import main as bench_growth
 from vlbeit.train.bench_micro import describe_micro, find_micro
 from vlbeit.train.bench_plan import check_number
@@ -35,12 +37,11 @@ from vlbeit.train.distributed import use_deterministic_kernels
 
 def main(argv: list[str]) -> int:
     """Run one benchmark and print it, as text or as one JSON object."""
-    if argv[:1] == ["serve"]:
-        return bench_serve(argv[1:])
-    if argv[:1] == ["plan"]:
-        return bench_plan(argv[1:])
-    if argv[:1] == ["growth"]:
-        return bench_growth(argv[1:])
+    others = {
+        "serve": bench_serve, "plan": bench_plan, "growth": bench_growth, "gpu": bench_gpu,
+    }  # fmt: skip
+    if argv and argv[0] in others:
+        return others[argv[0]](argv[1:])
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
     bench = parse(words, f"vlbeit bench {kind}")
     use_deterministic_kernels()  # as every run does

@@ -6,7 +6,9 @@ is above it costs memory and brings nothing.
 """
 
 import gc
+import math
 import os
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -34,8 +36,13 @@ def available_bytes() -> float:
     return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
-def find_micro(bench: BenchConfig, largest: int = LARGEST) -> dict[str, Any]:
+def find_micro(
+    bench: BenchConfig, largest: int = LARGEST, until: float = math.inf
+) -> dict[str, Any]:
     """Measure micro-batches of 1, 2, 4 ... up to `largest` and pick one.
+
+    Args:
+        until: of `time.perf_counter`; no further one is begun after it.
 
     Raises:
         ConfigError: not even one sample of each stream fits.
@@ -44,6 +51,9 @@ def find_micro(bench: BenchConfig, largest: int = LARGEST) -> dict[str, Any]:
     stopped = f"at the largest, {largest}"
     micro = 1
     while micro <= largest:
+        if rows and time.perf_counter() > until:
+            stopped = "no time left"
+            break
         if rows and not fits(rows[-1], bench.device):
             stopped = f"{micro} would not fit the memory that is free"
             break
