@@ -28,13 +28,14 @@ from toy_run import (
     write_dataset,
     write_toy_data,
 )
-from vlbeit.checkpoint import list_checkpoints, load_newest, open_checkpoint
+from vlbeit.checkpoint import find_checkpoint, list_checkpoints, load_newest, open_checkpoint
 from vlbeit.data.loader import build_streams, open_streams
 from vlbeit.data.order import Visit
 from vlbeit.errors import ConfigError, DataBudgetError, InputError, NonFiniteError
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, score_batch
 from vlbeit.train import loop
+from vlbeit.train.opening import check_same_data
 from vlbeit.types import STREAMS, Batch, Score
 
 IMAGES_ONLY = {"batch.texts": 0, "batch.pairs": 0}
@@ -238,6 +239,7 @@ ALLOWED: list[dict[str, Any]] = [
     {"runtime.step_timeout": 10.0},
     {"runtime.checkpoint_activations": True},
     {"batch.micro": 3},
+    {"runtime.exact": 4},
 ]
 
 
@@ -248,7 +250,7 @@ def test_a_resume_may_change_what_changes_only_rounding(
     run = toy_run(data, copied(five, tmp_path / "run"), {"max_steps": 8} | settings)
     assert rows(run, "ledger.jsonl") == rows(ten, "ledger.jsonl")[:8]
     assert losses(run) == pytest.approx(losses(ten)[:8], rel=1e-5)
-    if "batch.micro" not in settings:
+    if not settings.keys() & {"batch.micro", "runtime.exact"}:
         assert losses(run) == losses(ten)[:8]
 
 
@@ -273,6 +275,35 @@ def test_a_resume_on_other_records_is_refused_with_both_counts(
     assert refused.value.exit_code == 66
     told = str(refused.value)
     assert "'captioned': 48" in told and "'captioned': 47" in told and "--data" in told
+
+
+def test_a_resume_on_as_many_other_records_is_refused_with_the_source(
+    five: Path, data: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    write_dataset(
+        other,
+        {
+            "image": [image_source(other), image_source(other, "drawings", 10)],
+            "text": [text_source(other)],
+            "pair": [pair_source(other, bad={5}), pair_source(other, "alt-texts", 21)],
+        },
+    )
+    with pytest.raises(InputError, match="source captioned of pair has as many records") as told:
+        toy_run(other, five)
+    assert told.value.exit_code == 66
+
+
+def test_a_checkpoint_that_does_not_know_its_records_contents_goes_on(five: Path) -> None:
+    found = find_checkpoint(five, print)
+    counts = found.state["sources"]
+    nothing = {s: dict.fromkeys(sources, "") for s, sources in counts.items()}
+    old = replace(found, state={k: v for k, v in found.state.items() if k != "contents"})
+    check_same_data(old, counts, nothing)
+    check_same_data(found, counts, found.state["contents"])
+    with pytest.raises(InputError, match="has as many records"):
+        check_same_data(found, counts, nothing)
 
 
 def test_a_resume_without_one_of_its_sources_is_refused(five: Path, data: Path, tmp_path: Path):

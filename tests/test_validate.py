@@ -95,6 +95,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("log.eval_samples", -1, "at least 0"),
     ("log.keep", -1, "at least 0"),
     ("runtime.threads", -1, "at least 0"),
+    ("runtime.exact", 3, "power of two"),
+    ("runtime.exact", 4, "found runtime.threads 0"),
     ("runtime.step_timeout", 0.0, "above 0"),
 ]  # fmt: skip
 
@@ -209,6 +211,15 @@ def test_a_model_can_be_checked_alone():
         validate_model(replace(base().model, heads=-3))
 
 
+EXACT_SHARDS = {"runtime.exact": 4, "runtime.threads": 1, "runtime.sharding": "full"}
+
+
+def test_an_exact_run_cannot_be_sharded():
+    validate(changed(READY, EXACT_SHARDS | {"runtime.sharding": "none"}))
+    with pytest.raises(ConfigError, match="choose one of the two"):
+        validate(changed(READY, EXACT_SHARDS))
+
+
 def test_no_rule_is_without_its_bad_value(monkeypatch):
     """Every place in the module that a good config passes is one where a bad config fails."""
     passed, failed = set(), set()
@@ -224,7 +235,7 @@ def test_no_rule_is_without_its_bad_value(monkeypatch):
     assert len(passed) > 30 and not failed
     bad = [{setting: value} for setting, value, _ in REFUSED]
     bad += [{f"objective.{name}": 0.0 for name in names} for names in STREAMS.values()]
-    bad += [{"batch.images": 0, "batch.texts": 0, "batch.pairs": 0}, {"data": []}]
+    bad += [{"batch.images": 0, "batch.texts": 0, "batch.pairs": 0}, {"data": []}, EXACT_SHARDS]
     for settings in bad:
         with pytest.raises(ConfigError):
             validate(changed(READY, settings))

@@ -38,7 +38,7 @@ from vlbeit.data.transforms import picture_path
 from vlbeit.errors import ConfigError, InputError, SaveError
 from vlbeit.jsonfile import read_json
 from vlbeit.tensorfile import read_tensors, tensor_bytes, write_tensors
-from vlbeit.tensorparts import MERGED, read_parts, write_parts
+from vlbeit.tensorparts import MergedParts, read_parts, write_parts
 
 FORMAT = "vlbeit-checkpoint"
 VERSION = 1
@@ -168,7 +168,7 @@ def save_checkpoint(
     run_dir: Path,
     step: int,
     *,
-    model_tensors: Mapping[str, Tensor] | Path,
+    model_tensors: Mapping[str, Tensor],
     optimizer_tensors: Mapping[str, Tensor] | Path,
     state: Mapping[str, Any],
     config: Mapping[str, Any],
@@ -186,8 +186,8 @@ def save_checkpoint(
     Called by one process only, the holder of the run folder's lock. `state` must be JSON and holds
     `cursors` (source -> samples handed out). The tokenizers write themselves from memory: their
     own files may be gone by now (the checkpoint they were read from was purged) or may have rotted
-    since. Tensors that ranks hold in shares come as what `write_shares` returned. A folder of the
-    same step is replaced. `keep` of 0 keeps all.
+    since. What ranks hold in shares comes from `write_shares`. A folder of the same step is
+    replaced. `keep` of 0 keeps all.
     `files` are more JSON files, by name (a task's task.json).
 
     Raises:
@@ -196,8 +196,9 @@ def save_checkpoint(
     """
     root = run_dir / "checkpoints"
     folder = root / checkpoint_name(step)
-    given = (model_tensors, optimizer_tensors)
-    needed = sum(tensor_bytes(t) for t in given if not isinstance(t, Path)) + SMALL_FILES
+    needed = tensor_bytes(model_tensors) + SMALL_FILES
+    if not isinstance(optimizer_tensors, Path):
+        needed += tensor_bytes(optimizer_tensors)
     with _written_aside(folder, needed) as temporary:
         text_tokenizer.save(temporary)
         if visual_tokenizer is not None:
@@ -206,9 +207,15 @@ def save_checkpoint(
         free = free_bytes(root)
         if free < needed:
             raise SaveError(_no_room(folder, needed, free))
-        written |= _put_tensors(temporary, MODEL, model_tensors)
+        written[MODEL] = _record(*write_tensors(temporary / MODEL, model_tensors))
         _fault("mid_write")
-        written |= _put_tensors(temporary, OPTIMIZER, optimizer_tensors)
+        if isinstance(optimizer_tensors, Path):
+            parts = temporary / OPTIMIZER_PARTS
+            optimizer_tensors.rename(parts)
+            for name in _names(parts):
+                written[f"{OPTIMIZER_PARTS}/{name}"] = _digest_of(parts / name)
+        else:
+            written[OPTIMIZER] = _record(*write_tensors(temporary / OPTIMIZER, optimizer_tensors))
         for name, content in {
             "config.json": config,
             "state.json": {**state, "step": step},
@@ -246,46 +253,37 @@ def save_checkpoint(
 
 def write_shares(
     run_dir: Path, model_tensors: Mapping[str, Tensor], optimizer_tensors: Mapping[str, Tensor]
-) -> tuple[Path, Path]:
-    """Write what ranks hold in shares aside, for `save_checkpoint`; all ranks call it together.
+) -> None:
+    """Write what ranks hold in shares aside, synced; all ranks call it together.
 
-    The model is merged into one file, a tensor at a time, so that whoever reads a checkpoint need
-    not know how many ranks wrote it; the optimizer's state stays in parts.
-
-    Returns:
-        the model's file and the folder of the optimizer's parts, synced. What a kill leaves of
-        them goes with the other leftovers at the next start.
+    What a kill leaves of it goes with the other leftovers at the next start.
 
     Raises:
         SaveError: no room or no permission, at some rank.
     """
-    aside = run_dir / "checkpoints" / (_TEMPORARY + "shares")
-    model, optimizer = aside / "model", aside / OPTIMIZER_PARTS
+    model, optimizer = _shares(run_dir)
     # The model's numbers are on the disk twice for a moment, in parts and merged.
     needed = 2 * tensor_bytes(model_tensors) + tensor_bytes(optimizer_tensors)
-    with _translated(aside, needed):
-        write_parts(model, model_tensors, merge=True)
+    with _translated(model.parent, needed):
+        write_parts(model, model_tensors)
         write_parts(optimizer, optimizer_tensors)
-    return model / MERGED, optimizer
+
+
+def merged_shares(run_dir: Path) -> tuple[Mapping[str, Tensor], Path]:
+    """What `write_shares` wrote, for `save_checkpoint`: the model whole, a tensor at a time, as
+    whoever reads a checkpoint need not know how many ranks wrote it; the optimizer's parts."""
+    model, optimizer = _shares(run_dir)
+    return MergedParts(model), optimizer
 
 
 def clear_shares(run_dir: Path) -> None:
     """Remove what `write_shares` left, before it is called and after a save; for rank 0 alone."""
-    shutil.rmtree(run_dir / "checkpoints" / (_TEMPORARY + "shares"), ignore_errors=True)
+    shutil.rmtree(_shares(run_dir)[0].parent, ignore_errors=True)
 
 
-def _put_tensors(
-    folder: Path, name: str, tensors: Mapping[str, Tensor] | Path
-) -> dict[str, dict[str, Any]]:
-    """Tensors into a checkpoint's folder, or what `write_shares` wrote; size and digest by name."""
-    if not isinstance(tensors, Path):
-        return {name: _record(*write_tensors(folder / name, tensors))}
-    if tensors.is_file():
-        tensors.rename(folder / name)
-        return {name: _digest_of(folder / name)}
-    placed = folder / tensors.name
-    tensors.rename(placed)
-    return {f"{placed.name}/{part}": _digest_of(placed / part) for part in _names(placed)}
+def _shares(run_dir: Path) -> tuple[Path, Path]:
+    aside = run_dir / "checkpoints" / (_TEMPORARY + "shares")
+    return aside / "model", aside / OPTIMIZER_PARTS
 
 
 def copy_checkpoint(

@@ -183,16 +183,25 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         raise InputError(f"{path}: cannot be read ({error})") from None
 
 
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Types and shapes by name. A mapping that reads its tensors when they are asked for knows them
+    beforehand, as `infos`."""
+    known: dict[str, TensorInfo] | None = getattr(tensors, "infos", None)
+    if known is not None:
+        return known
+    return {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+
+
 def tensor_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors themselves, without the header."""
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(info.bytes for info in infos_of(tensors).values())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     """Writes a new safetensors file; the caller syncs it.
 
     The bytes depend on names, types, shapes and values alone. Tensors that share storage are
-    written once each.
+    written once each. Each is asked for once, when its turn comes.
 
     Returns:
         size in bytes and sha256 of what was handed to the system.
@@ -204,17 +213,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
     if sys.byteorder != "little":
         raise ValueError("safetensors are little-endian; this machine is not")
     # Wide types first keeps every tensor aligned to its own size, as the library does.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    infos = infos_of(tensors)
+    order = sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in NAMES:
-            raise ValueError(f"tensor {name!r}: {tensor.dtype} has no safetensors type")
-        stop = place + tensor.numel() * tensor.element_size()
+        info = infos[name]
+        if info.dtype not in NAMES:
+            raise ValueError(f"tensor {name!r}: {info.dtype} has no safetensors type")
+        stop = place + info.bytes
         header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": NAMES[info.dtype],
+            "shape": list(info.shape),
             "data_offsets": [place, stop],
         }
         place = stop
@@ -226,7 +236,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
         for piece in (len(text).to_bytes(8, "little"), text):
             size += _write_all(file.fileno(), memoryview(piece), sha)
         for name in order:
-            if tensors[name].numel():
+            if infos[name].bytes:
                 flat = tensors[name].detach().cpu().contiguous().reshape(-1)
                 size += _write_all(file.fileno(), flat.view(torch.uint8).numpy().data, sha)
     return size, sha.hexdigest()

@@ -5,27 +5,22 @@ a part is no pickle either. (Ranks of one run do tell each other their plans as 
 write and read; nothing of it reaches the disk.)
 """
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from vlbeit.errors import InputError
 from vlbeit.tensorfile import TensorInfo, read_header
 
-MERGED = "model-00001-of-00001.safetensors"
-"""How torch.distributed.checkpoint names the one file it merges parts into."""
 
-
-def write_parts(folder: Path, tensors: Mapping[str, Tensor], *, merge: bool = False) -> None:
+def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Every rank writes its shares into the folder, synced; all ranks call it together.
 
-    A tensor that is whole at every rank is written by one of them. With `merge`, rank 0 makes one
-    safetensors file of all parts as well, a tensor at a time, and the folder holds MERGED and
-    `sharded/`.
+    A tensor that is whole at every rank is written by one of them.
 
     Raises:
         OSError: at every rank, when some rank cannot write: with the system's error number.
@@ -34,9 +29,7 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor], *, merge: bool = Fa
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    writer = HuggingFaceStorageWriter(
-        str(folder), save_distributed=True, enable_consolidation=merge
-    )
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:
@@ -79,16 +72,12 @@ def part_files(place: Path) -> list[Path]:
     return [place] if place.is_file() else sorted(place.glob("*.safetensors"))
 
 
-def part_names(place: Path) -> dict[str, tuple[int, ...]]:
-    """The whole tensors' shapes by name, after each part's header was looked at.
+def part_infos(place: Path) -> dict[str, TensorInfo]:
+    """The whole tensors' types and shapes by name, after each part's header was looked at.
 
     Raises:
         InputError, UnsafeError: as `read_header`; or there is no part.
     """
-    return {name: info.shape for name, info in _infos(place).items()}
-
-
-def _infos(place: Path) -> dict[str, TensorInfo]:
     files = part_files(place)
     if not files:
         raise InputError(f"{place}: no tensors here; expected *.safetensors")
@@ -100,24 +89,52 @@ def _infos(place: Path) -> dict[str, TensorInfo]:
     }
 
 
+class MergedParts(Mapping[str, Tensor]):
+    """The whole tensors of a folder of parts, on the CPU, each read when it is asked for.
+
+    (The library's own merging writes zeros for single numbers, torch 2.13.)
+
+    Raises:
+        InputError, UnsafeError: as `part_infos`.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.infos = part_infos(place)
+        self._pieces: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for index, stored in _reader(place).read_metadata().storage_data.items():
+            pieces = self._pieces.setdefault(index.fqn, [])
+            pieces.append((stored.relative_path, tuple(index.offset)))
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.infos[name]
+        whole = torch.empty(info.shape, dtype=info.dtype)
+        for file, begin in self._pieces[name]:
+            with safe_open(file, framework="pt") as part:
+                piece = part.get_tensor(name)
+            ends = zip(begin, piece.shape, strict=True)
+            whole[tuple(slice(first, first + count) for first, count in ends)] = piece
+        return whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+
 def read_parts(place: Path) -> dict[str, Tensor]:
     """All tensors, whole, on the CPU: the parts merged.
 
     Raises:
-        InputError, UnsafeError: as `part_names`.
+        InputError, UnsafeError: as `part_infos`.
     """
-    tensors = {
-        name: torch.empty(info.shape, dtype=info.dtype) for name, info in _infos(place).items()
-    }
-    fill_from(place, tensors, alone=True)
-    return tensors
+    return dict(MergedParts(place))
 
 
-def fill_from(place: Path, tensors: Mapping[str, Tensor], *, alone: bool = False) -> None:
+def fill_from(place: Path, tensors: Mapping[str, Tensor]) -> None:
     """Copy the named tensors in: whole ones, or this rank's shares, whatever shares were written.
 
-    Args:
-        alone: this process reads by itself; else all ranks call it together.
+    All ranks call it together.
 
     Raises:
         InputError: a name is missing, or a part cannot be read.
@@ -126,8 +143,6 @@ def fill_from(place: Path, tensors: Mapping[str, Tensor], *, alone: bool = False
     from torch.distributed.checkpoint.state_dict_loader import load
 
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(dict(tensors), storage_reader=_reader(place), no_dist=alone)
+        load(dict(tensors), storage_reader=_reader(place))
     except CheckpointException as error:
         raise InputError(f"{place}: cannot be read ({_cause(error)})") from None

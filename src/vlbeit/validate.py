@@ -226,8 +226,8 @@ def validate_run(config: PretrainConfig | FinetuneConfig) -> None:
     )
     require(
         exact == 0 or threads > 0,
-        "runtime.exact needs a fixed number of threads, as another number rounds otherwise; "
-        "runtime.threads is 0 (all cores): set it",
+        f"runtime.exact is {exact} and needs a fixed number of threads, as another number rounds "
+        "otherwise: set runtime.threads to at least 1, found runtime.threads 0 (all cores)",
     )
     require(
         exact == 0 or config.runtime.sharding == "none",

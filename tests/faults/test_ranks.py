@@ -21,6 +21,7 @@ from toy_job import (
     rows,
     said,
     same_history,
+    state_at,
     wait_for_step,
     wait_until_gone,
 )
@@ -95,6 +96,37 @@ def test_r08_the_sample_order_does_not_depend_on_the_number_of_processes(
     assert "world_size was 2 when step 20 was saved and is 1 now" in said(run)
     for (_, one), (_, two) in zip(losses(undisturbed, 10), losses(run, 10), strict=True):
         assert float.fromhex(one) == pytest.approx(float.fromhex(two), rel=1e-6)
+
+
+def test_r08_exact_runs_have_the_same_bits_on_1_2_and_4_processes(toy: Toy, tmp_path: Path) -> None:
+    exact = ("--runtime.exact", "4")
+    alone, moved = tmp_path / "alone", tmp_path / "moved"
+    toy.run(alone, 12, *exact, save_every=4)
+    for ranks, steps in ((2, 4), (1, 8), (4, 12)):
+        toy.run(moved, steps, *exact, ranks=ranks, save_every=4)
+    same_history(moved, alone, 12)
+    assert "bit by bit" not in said(moved)
+    # Without it the number of processes shows in the bits, so the comparison could have failed.
+    plain = tmp_path / "plain"
+    toy.run(plain, 4, ranks=2, save_every=4)
+    assert state_at(plain, 4) != state_at(alone, 4)
+    toy.run(tmp_path / "three", 4, *exact, ranks=3, code=1)
+    assert "found 3" in said(tmp_path / "three")
+
+
+def test_a_lost_rank_is_started_again_by_torchrun_and_the_run_ends_as_if_undisturbed(
+    toy: Toy, undisturbed_pair: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = toy.start(run, 40, ranks=2, launch=("--max-restarts", "2"))
+    with killed_at_the_end(job):
+        wait_for_step(job, run, 7)
+        kill(ranks_of(job)[1])
+        assert job.wait(240) == 0, said(run)
+    told = said(run)
+    assert "lost another rank" in told and "going on from" in told, told
+    assert [row["step"] for row in rows(run)] == list(range(1, 41))
+    same_history(run, undisturbed_pair, 40)
 
 
 def test_r10_a_killed_rank_ends_the_job_within_15_seconds_with_71(toy: Toy, tmp_path: Path) -> None:

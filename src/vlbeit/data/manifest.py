@@ -119,6 +119,19 @@ class Manifest:
             sha.update(np.ascontiguousarray(column).tobytes())
         return sha.digest()
 
+    def records_digest(self) -> bytes:
+        """sha256 over the keys, kinds and digests of all members: equal for equal records."""
+        sha = hashlib.sha256(f"{self.records} {len(self.bad)} {self.extensions} ".encode())
+        for column in (
+            self.key_starts,
+            self.key_bytes,
+            self.member_starts,
+            self.member_extension,
+            self.member_sha256,
+        ):
+            sha.update(np.ascontiguousarray(column).tobytes())
+        return sha.digest()
+
     def text_lengths(self, record: int) -> np.ndarray:
         """(captions of the record,) int32, characters each."""
         start, stop = self.caption_starts[record : record + 2].tolist()

@@ -431,6 +431,13 @@ class RecordSource:
             sha.update(self._manifest(shard).pictures_digest())
         return sha.hexdigest()
 
+    def records_digest(self) -> str:
+        """sha256 over everything that the records hold, shard by shard, whatever their places."""
+        sha = hashlib.sha256()
+        for shard in range(len(self.shards)):
+            sha.update(self._manifest(shard).records_digest())
+        return sha.hexdigest()
+
     def text_lengths(self, index: int) -> np.ndarray:
         """(captions,) int32: characters of each caption as stored; empty where there is none."""
         shard, position = self.locate(index)

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -256,6 +257,9 @@ def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
     try:
         dist.init_process_group(
             "nccl" if world.device.type == "cuda" else "gloo",
+            store=fresh_store(rank, size, timeout),
+            rank=rank,
+            world_size=size,
             timeout=timedelta(seconds=timeout),
             device_id=world.device if world.device.type == "cuda" else None,
         )
@@ -268,6 +272,39 @@ def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
     own = [rank, socket.gethostname(), pid, process_start(pid)]
     peers = tuple(Peer(*entry) for entry in world.gather_objects(own))
     return replace(world, peers=peers)
+
+
+def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
+    """The launcher's store, under a name that only the ranks started together know.
+
+    When torchrun starts the ranks again after one was lost, the store still holds where the ranks
+    of the start before were listening (torch 2.13), and torchrun's count of starts is each host's
+    own. So rank 0 gives this start a name, every rank answers with a word of its own, and each goes
+    on when it finds its own word among those that rank 0 read.
+
+    Raises:
+        RuntimeError: not all ranks came within `timeout` seconds.
+    """
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
+    own = uuid.uuid4().hex
+    if rank == 0:
+        answers = [f"{own}/{other}" for other in range(1, size)]
+        store.set("start", own)
+        store.wait(answers, limit)
+        words = [store.get(answer).decode() for answer in answers]
+        store.set(f"{own}/words", json.dumps(words))
+        return dist.PrefixStore(own, store)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if store.check(["start"]):
+            start = store.get("start").decode()
+            store.set(f"{start}/{rank}", own)
+            words_key = f"{start}/words"
+            if store.check([words_key]) and own in json.loads(store.get(words_key)):
+                return dist.PrefixStore(start, store)
+        time.sleep(0.02)
+    raise RuntimeError("rank 0 did not answer")
 
 
 def choose_device(choice: str, local_rank: int, local_size: int) -> torch.device:

@@ -34,6 +34,7 @@ from vlbeit.train.opening import (
     check_same_run,
     learn,
     open_run,
+    source_contents,
 )
 from vlbeit.train.optim import build_optimizer
 from vlbeit.types import Score, TaskBatch
@@ -80,8 +81,9 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
     aligned = gathers or config.runtime.sharding == "full"
     loader = task_loader(config, stream, rank=world.rank, world=world.size, aligned=aligned)
     samples = {stream_name: stream.records}
+    contents = source_contents({stream_name: sources})
     if checkpoint is not None:
-        check_same_data(checkpoint, samples)
+        check_same_data(checkpoint, samples, contents)
 
     # ---- model and optimizer
     model = VLBeit(config.model, seed=config.seed)
@@ -103,6 +105,7 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
         learning=task_learning(config, model, task),
         loader=loader,
         sources=samples,
+        contents=contents,
         preprocessor=preprocessing(config, getattr(task, "resize", SQUASHED)),
         text=text,
         visual=None,

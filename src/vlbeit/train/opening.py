@@ -23,6 +23,7 @@ from vlbeit.checkpoint import (
     clear_shares,
     list_checkpoints,
     load_newest,
+    merged_shares,
     open_checkpoint,
     remove_leftovers,
     save_checkpoint,
@@ -64,7 +65,7 @@ MAY_CHANGE = (
     "input.skip_budget",
 )
 """Settings that a resumed run may have otherwise: none of them changes what is learned from what,
-except by rounding. The sources of the data must keep their names and numbers of records."""
+except by rounding. The sources of the data must keep their names and records."""
 
 
 class RunConfig(Protocol):
@@ -183,14 +184,34 @@ def check_same_run(opened: Opened, config: Any, may_change: Sequence[str] = MAY_
         opened.log(f"note: {words}")
 
 
-def check_same_data(checkpoint: Checkpoint, now: Mapping[str, Mapping[str, int]]) -> None:
-    """Raise InputError when a source has other samples than when the checkpoint was written."""
+def check_same_data(
+    checkpoint: Checkpoint,
+    now: Mapping[str, Mapping[str, int]],
+    contents: Mapping[str, Mapping[str, str]],
+) -> None:
+    """Raise InputError when a source has other samples than when the checkpoint was written.
+
+    Args:
+        now: samples by stream and source.
+        contents: digests of the records by stream and source (`source_contents`).
+    """
     then: dict[str, dict[str, int]] = checkpoint.state["sources"]
     if then != now:
         raise InputError(
             f"{checkpoint.folder} was trained on {then} (records by stream and source), --data now "
             f"has {now}: give the same data, or another --run-dir"
         )
+    # Checkpoints of release 0.1 do not know what the records held.
+    known: dict[str, dict[str, str]] = checkpoint.state.get("contents", {})
+    for stream, sources in known.items():
+        for name, digest in sources.items():
+            if contents[stream][name] != digest:
+                raise InputError(
+                    f"{checkpoint.folder}: source {name} of {stream} has as many records as when "
+                    f"it was written, but others: their digest was {digest} and is "
+                    f"{contents[stream][name]}. Give the same data, or begin anew with another "
+                    "--run-dir"
+                )
 
 
 def source_facts(
@@ -198,6 +219,15 @@ def source_facts(
 ) -> dict[str, dict[str, int]]:
     """Records by stream and source: what a resume must find again."""
     return {stream: {s.name: len(s) for s in group} for stream, group in sources.items()}
+
+
+def source_contents(
+    sources: Mapping[str, Sequence[RecordSource]],
+) -> dict[str, dict[str, str]]:
+    """Digests of the records by stream and source: so are these."""
+    return {
+        stream: {s.name: s.records_digest() for s in group} for stream, group in sources.items()
+    }
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -259,6 +289,7 @@ def learn(
     learning: Learning[B],
     loader: StepLoader[B],
     sources: Mapping[str, Mapping[str, int]],
+    contents: Mapping[str, Mapping[str, str]],
     preprocessor: Mapping[str, Any],
     text: Tokenizer,
     visual: Tokenizer | None,
@@ -276,6 +307,7 @@ def learn(
             shares its parameters out.
         optimizer: makes that of the model's parameters as they are then.
         sources: samples by stream and source (`source_facts`).
+        contents: digests of their records (`source_contents`).
         preprocessor: what `preprocessing` says.
         evaluate: held-out scores of the model as it is, the columns of a row of eval.jsonl;
             empty: nothing held out.
@@ -346,27 +378,31 @@ def learn(
     def save() -> None:
         began = time.perf_counter()
         state = optimizer_tensors(adamw) | {n: w.clone() for n, w in trained().items()}
-        shares: tuple[Path, Path] | None = None
         if sharded:
             world.on_main(lambda: clear_shares(opened.run_dir))
             with averaged(), world.guard("writing shares"):
-                shares = write_shares(opened.run_dir, model.state_dict(), state)
+                write_shares(opened.run_dir, model.state_dict(), state)
 
         def write() -> None:
             assert folder is not None
             folder.sync()
             with averaged():
+                whole: tuple[Mapping[str, Tensor], Mapping[str, Tensor] | Path]
+                whole = (model.state_dict(), state)
+                if sharded:
+                    whole = merged_shares(opened.run_dir)
                 place = save_checkpoint(
                     opened.run_dir,
                     progress.step,
-                    model_tensors=model.state_dict() if shares is None else shares[0],
-                    optimizer_tensors=state if shares is None else shares[1],
+                    model_tensors=whole[0],
+                    optimizer_tensors=whole[1],
                     state={
                         "cursors": progress.cursors,
                         "nonfinite_in_row": progress.nonfinite_in_row,
                         "nonfinite": progress.nonfinite,
                         "budget": budget.state(),
                         "sources": sources,
+                        "contents": contents,
                         "seed": config.seed,
                     },
                     config=to_dict(config),
@@ -384,18 +420,20 @@ def learn(
 
         world.on_main(write)
 
-    def measured() -> Mapping[str, Any]:
-        with averaged():
-            return evaluate()
-
     def evaluate_at(step: int) -> None:
         # Every rank could take a share; at these sizes rank 0 alone is quick enough. Where it does
         # not have the weights, all ranks do the same work together.
-        together = ask_inside(learner, measured) if sharded else None
+        together = None
+        if sharded:
+            with averaged():
+                together = ask_inside(learner, evaluate)
 
         def measure() -> None:
             assert folder is not None
-            found = measured() if together is None else together
+            found = together
+            if found is None:
+                with averaged():
+                    found = evaluate()
             if found:
                 folder.evals.append({"step": step, **found})
                 folder.log(held_out_line(step, found))

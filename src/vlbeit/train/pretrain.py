@@ -30,6 +30,7 @@ from vlbeit.train.opening import (
     check_same_run,
     learn,
     open_run,
+    source_contents,
     source_facts,
     wait_for,
 )
@@ -74,9 +75,10 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
     codes = find_stored_codes(config, sources, visual, opened.log)
     streams = build_streams(config, sources, text, codes=codes, log=opened.log)
     loader = build_loader(config, streams, rank=world.rank, world=world.size)
-    facts = source_facts({str(stream): group for stream, group in sources.items()})
+    by_stream = {str(stream): group for stream, group in sources.items()}
+    facts, contents = source_facts(by_stream), source_contents(by_stream)
     if checkpoint is not None:
-        check_same_data(checkpoint, facts)
+        check_same_data(checkpoint, facts, contents)
 
     # ---- model and optimizer
     model = VLBeit(config.model, seed=config.seed).to(world.device)
@@ -96,6 +98,7 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
         learning=masked_prediction(config, model, visual),
         loader=loader,
         sources=facts,
+        contents=contents,
         preprocessor=preprocessing(config),
         text=text,
         visual=visual,

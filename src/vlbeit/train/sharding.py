@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from vlbeit.errors import ConfigError
 from vlbeit.nn.model import VLBeit
-from vlbeit.tensorparts import fill_from, part_names
+from vlbeit.tensorparts import fill_from, part_infos
 from vlbeit.train.distributed import World
 from vlbeit.train.gradients import fill_missing, grad_of, sum_gradients
 from vlbeit.train.optim import named_parameters
@@ -134,16 +134,16 @@ def load_optimizer_shares(
         place: what `tensorparts.fill_from` reads.
         more: tensors to fill beside it, by their names there.
     """
-    names = part_names(place)
-    keys = sorted({name.split("/", 1)[0] for name in names if name not in more})
+    infos = part_infos(place)
+    keys = sorted({name.split("/", 1)[0] for name in infos if name not in more})
     wanted: dict[str, Tensor] = dict(more)
     for name, parameter in named_parameters(optimizer):
-        if not any(f"{key}/{name}" in names for key in keys):
+        if not any(f"{key}/{name}" in infos for key in keys):
             continue  # a parameter that had no gradient yet
         state: dict[str, Any] = {}
         for key in keys:
             # The step counter of fused AdamW is a single number, everything else has the shape.
-            shape = names[f"{key}/{name}"]
+            shape = infos[f"{key}/{name}"].shape
             state[key] = (
                 torch.zeros_like(parameter.detach())
                 if shape == tuple(parameter.shape)

@@ -55,7 +55,7 @@ _UNUSED = {
         "loader_timeout",
     ),
     "log": ("ledger", "tensorboard", "eval_every", "eval_samples"),
-    "runtime": ("checkpoint_activations", "compile"),
+    "runtime": ("checkpoint_activations", "compile", "sharding", "exact"),
 }
 """Settings of the shared groups that mean nothing here; a value of one's own is refused."""
 
