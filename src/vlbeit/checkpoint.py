@@ -263,41 +263,57 @@ def copy_checkpoint(
     """
     if out.exists() and not (out / MANIFEST).is_file() and any(out.iterdir()):
         raise ConfigError(f"{out}: holds something else; choose a folder that does not exist")
-    temporary = out.with_name(_TEMPORARY + out.name)
     replaced = {"config.json": _json_bytes(config), "state.json": _json_bytes(state), **files}
     written: dict[str, dict[str, Any]] = {}
     needed = sum(f["size"] for name, f in source.manifest["files"].items() if name != OPTIMIZER)
-    with _translated(out, needed + SMALL_FILES):
+    with folder_aside(out, needed + SMALL_FILES) as aside:
+        for name, wanted in source.manifest["files"].items():
+            if name == OPTIMIZER or name in replaced:
+                continue
+            if _found(source.folder, name).get("found_sha256") != wanted["sha256"]:
+                raise InputError(
+                    f"{source.folder / name}: is not what the manifest says; see "
+                    f"`vlbeit verify {source.folder}`"
+                )
+            (aside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, aside / name)
+            written[name] = _digest_of(aside / name)
+        for name, content in replaced.items():
+            written[name] = _write(aside / name, content)
+        manifest = {
+            **{key: value for key, value in source.manifest.items() if key != "digest"},
+            "config_digest": config_digest(_settings(config)),
+            "files": written,
+        }
+        _write(aside / MANIFEST, _manifest_bytes(manifest))
+    return out
+
+
+@contextmanager
+def folder_aside(out: Path, needed: int) -> Iterator[Path]:
+    """An empty folder beside `out` to be filled. When the block ends, its files are fsynced and it
+    takes the place of `out`; when the block fails, it is removed and `out` stays as it was.
+
+    Args:
+        needed: bytes, for the message when there is no room.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
+    out = out.absolute()
+    temporary = out.with_name(_TEMPORARY + out.name)
+    with _translated(out, needed):
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            for name, wanted in source.manifest["files"].items():
-                if name == OPTIMIZER or name in replaced:
-                    continue
-                if _found(source.folder, name).get("found_sha256") != wanted["sha256"]:
-                    raise InputError(
-                        f"{source.folder / name}: is not what the manifest says; see "
-                        f"`vlbeit verify {source.folder}`"
-                    )
-                (temporary / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(source.folder / name, temporary / name)
-                written[name] = _digest_of(temporary / name)
-            for name, content in replaced.items():
-                written[name] = _write(temporary / name, content)
-            manifest = {
-                **{key: value for key, value in source.manifest.items() if key != "digest"},
-                "config_digest": config_digest(_settings(config)),
-                "files": written,
-            }
-            _write(temporary / MANIFEST, _manifest_bytes(manifest))
-            for name in (*written, MANIFEST):
+            yield temporary
+            for name in _names(temporary):
                 _sync(temporary / name)
             _put_in_place(temporary, out)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-    return out
 
 
 SQUASHED = "bicubic, squashed to image_size"

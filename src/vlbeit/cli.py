@@ -80,8 +80,8 @@ VERBS: dict[str, Verb] = {
         "vlbeit.eval.report:main",
     ),
     "export": Verb(
-        "write a run as a folder for the Hugging Face hub, with its model card: hf",
-        "vlbeit.serve.export_hf:main",
+        "write a run for others: hf (a folder for the Hugging Face hub), onnx (for onnxruntime)",
+        "vlbeit.serve.export_cli:main",
     ),
     "bench": Verb(
         "time a pretraining step, the data loading or the server on this machine",
