@@ -76,7 +76,7 @@ VERBS: dict[str, Verb] = {
         "vlbeit.serve.server:main",
     ),
     "report": Verb(
-        "one page about a run: curves, filled-in words and patches, tables",
+        "one page about a run: curves, filled-in words and patches; several runs side by side",
         "vlbeit.eval.report:main",
     ),
     "export": Verb(

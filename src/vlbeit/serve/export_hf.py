@@ -30,12 +30,11 @@ from vlbeit.checkpoint import (
 from vlbeit.config import ModelConfig, from_dict
 from vlbeit.convert.hf_export import preprocessor
 from vlbeit.errors import ConfigError
+from vlbeit.eval.run_rows import EVALUATION
 from vlbeit.jsonfile import read_json
 from vlbeit.modelcard import CardFacts, write_card
 from vlbeit.tensorfile import read_header
 
-EVALUATION = "evaluation.json"
-"""In a run folder: what `vlbeit eval RUN --out RUN/evaluation.json` wrote."""
 PATHS = (("run_dir",), ("start",), ("tokenizers", "text"), ("tokenizers", "visual"))
 """Settings that hold a path, relative ones too. The last part stays: others need not know where
 files lay."""
