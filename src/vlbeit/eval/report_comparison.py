@@ -302,17 +302,13 @@ def objectives_of(runs: Sequence[ComparedRun]) -> list[str]:
 def curves_part(runs: Sequence[ComparedRun]) -> list[str]:
     """Loss and accuracy of each objective, then the task's figures, one line a run."""
     last = float(max(run.step for run in runs))
-    charts = []
-    for name in objectives_of(runs):
-        panels = [
-            objective_chart(runs, name, what, title, last)
-            for what, title in (("loss", "loss (nats)"), ("accuracy", "accuracy"))
-        ]
-        charts.append(f'<div class="grid">{"".join(panels)}</div>')
+    panels = [
+        objective_chart(runs, name, what, title, last)
+        for name in objectives_of(runs)
+        for what, title in (("loss", "loss (nats)"), ("accuracy", "accuracy"))
+    ]
     figures = united(row.get("figures", {}) for run in runs for row in run.evals)
-    panels = [figure_chart(runs, name, last) for name in figures if "/" not in name]
-    if panels:
-        charts.append(f'<div class="grid">{"".join(panels)}</div>')
+    panels += [figure_chart(runs, name, last) for name in figures if "/" not in name]
     return [
         section(
             "Training",
@@ -321,7 +317,7 @@ def curves_part(runs: Sequence[ComparedRun]) -> list[str]:
                 "held-out samples each time."
             ),
             legend(runs),
-            *charts,
+            f'<div class="grid">{"".join(panels)}</div>',
         )
     ]
 

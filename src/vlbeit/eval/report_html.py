@@ -17,13 +17,13 @@ STYLE = """
   --paper: #fbfaf7; --card: #ffffff; --ink: #1d2129; --soft: #5d6470; --rule: #e3e0d8;
   --sighted: #1b6f8f; --blind: #b4552d; --none: #7a6aa8; --level: #8a8f98;
   --good: #1f7a45; --good-paper: #e4f3e9; --bad: #b3361f; --bad-paper: #fbe9e4;
-  --run0: #1b6f8f; --run1: #b4552d; --run2: #2f7d46; --run3: #7a4fa3;
+  --run0: #1b6f8f; --run1: #b4552d; --run2: #7a4fa3; --run3: #2f7d46;
   --run4: #a3832a; --run5: #b03a6b; --run6: #4a5a6e; --run7: #7c4a2d; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181d; --card: #1d2127; --ink: #e8e6e1; --soft: #a2a8b2; --rule: #323842;
   --sighted: #63bddd; --blind: #ee9068; --none: #b5a6e0; --level: #858c98;
   --good: #7fd3a0; --good-paper: #1c3527; --bad: #f39a85; --bad-paper: #412620;
-  --run0: #63bddd; --run1: #ee9068; --run2: #7fd3a0; --run3: #c3a2ec;
+  --run0: #63bddd; --run1: #ee9068; --run2: #c3a2ec; --run3: #7fd3a0;
   --run4: #e2c567; --run5: #f08bb4; --run6: #aab8c8; --run7: #c99a78; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
