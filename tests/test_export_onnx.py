@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
@@ -274,6 +275,39 @@ def test_int8_is_smaller_and_its_cost_is_in_the_readme(asked, data):
     accuracy = cost["figures"]["accuracy"]
     row = f"| accuracy | {accuracy['float32']:.4f} | {accuracy['int8']:.4f} |"
     assert row in (asked / "README.md").read_text()
+
+
+def float_products(path: Path) -> int:
+    """Products of activations with a weight that is in the file as floats, or made of one."""
+    graph = onnx.load(str(path)).graph
+    known = {weight.name for weight in graph.initializer}
+    for node in graph.node:
+        if node.op_type in ("Transpose", "Identity", "Reshape") and set(node.input) <= known:
+            known.update(node.output)
+    return sum(
+        node.op_type in ("MatMul", "Gemm") and not known.isdisjoint(node.input)
+        for node in graph.node
+    )
+
+
+@pytest.mark.parametrize("mode", most_are_slow(("vqa", "match"), "vqa"))
+def test_int8_leaves_no_product_with_weights_in_float(mode, runs, asked, tmp_path):
+    """`match` asks the trunk three times, so that products share their weights."""
+    place = asked
+    if mode != "vqa":
+        place = tmp_path
+        write_graph(runs[mode].run, MODES[mode], place / MODEL)
+        quantise(place / MODEL, place / INT8)
+    assert float_products(place / MODEL) > 10
+    assert float_products(place / INT8) == 0
+    assert not list(place.glob("*.folded"))
+
+
+def test_int8_of_a_model_beyond_one_file_is_refused_at_once(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("vlbeit.serve.export_onnx.ONE_FILE", 10_000)
+    with pytest.raises(ConfigError, match="at most 10000 bytes"):
+        export_onnx(runs["vqa"], tmp_path / "out", "vqa", int8=True)
+    assert not list(tmp_path.iterdir())
 
 
 def write_captioned(folder: Path) -> Path:

@@ -46,6 +46,8 @@ from vlbeit.tokens.text import SPECIALS
 FACTS = "export.json"
 FORMAT = "vlbeit-onnx"
 SAMPLES = 1000
+ONE_FILE = 2**31
+"""Bytes; ONNX (protobuf) puts the weights of larger graphs into files beside them."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -144,6 +146,11 @@ def export_onnx(
     folders = folders_to_measure(run, data) if int8 else ()
     made = at_size(run, image_size or run.config.model.image_size)
     parameters = sum(p.numel() for p in run.model.parameters())
+    if int8 and 4 * parameters >= ONE_FILE:
+        raise ConfigError(
+            f"--int8 wants a graph in one file, which holds at most {ONE_FILE} bytes; this run has "
+            f"{4 * parameters} bytes of weights. Export it without --int8"
+        )
     facts: dict[str, Any] = {
         "format": FORMAT,
         "vlbeit": __version__,

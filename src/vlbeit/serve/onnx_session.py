@@ -1,16 +1,17 @@
 """An exported graph in onnxruntime: asked, checked against torch, timed, and made int8."""
 
+import contextlib
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import QuantType, quant_pre_process, quantize_dynamic
 from torch import Tensor
 
 from vlbeit.errors import SaveError
@@ -103,12 +104,26 @@ def check_graph(path: Path, graph: Graph, asked: Run, mode: OnnxMode, made: Run)
 
 def quantise(path: Path, out: Path) -> None:
     """Weights of products as int8 with one scale a column, activations as 8 bits when it is asked
-    (onnxruntime's dynamic quantisation)."""
+    (onnxruntime's dynamic quantisation). `path` is below 2 GiB, one file."""
+    # A weight that several products share is transposed once, by a node; only what is folded into
+    # the file is seen as a weight.
+    folded = out.with_name(out.name + ".folded")
+    try:
+        quant_pre_process(str(path), str(folded), skip_onnx_shape=True, skip_symbolic_shape=True)
+        with quiet_root():
+            quantize_dynamic(str(folded), str(out), per_channel=True, weight_type=QuantType.QInt8)
+    finally:
+        folded.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def quiet_root() -> Iterator[None]:
+    """Without the quantiser's advice, on the root logger, to do first what was done."""
     logger = logging.getLogger()
     before = logger.level
-    logger.setLevel(logging.ERROR)  # it advises a step that only shape inference of old files needs
+    logger.setLevel(logging.ERROR)
     try:
-        quantize_dynamic(str(path), str(out), per_channel=True, weight_type=QuantType.QInt8)
+        yield
     finally:
         logger.setLevel(before)
 
