@@ -403,6 +403,8 @@ def test_the_command_writes_what_it_says(tmp_path, capsys):
         (["--mode", "vqa"], 78, "--mode vqa"),
         (["--mode", "classify", "--image-size", "20"], 78, "multiple of the patch, 8"),
         (["--mode", "classify", "--image-size", "8", "8", "8"], 78, "found 3"),
+        (["--mode", "classify", "--image-size", "1024"], 78, "16384 patches"),
+        (["--mode", "classify", "--image-size", "-8"], 78, "multiple of the patch"),
         (["--mode", "classify", "--data", "x"], 78, "--int8"),
         (["--mode", "classify", "--int8", "--samples", "-1"], 78, "found -1"),
         (["--mode", "classify", "--int8", "--data", "x"], 66, "x is not there"),
@@ -430,6 +432,22 @@ def test_a_folder_with_something_else_is_kept(runs, tmp_path):
 def test_an_unknown_kind_of_export_names_those_that_are(words, capsys):
     assert main(["export", *words]) == 78
     assert "hf, onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["hf", "onnx"])
+def test_each_kind_of_export_explains_itself(kind, capsys):
+    assert main(["export", kind, "--help"]) == 0
+    assert f"vlbeit export {kind}" in capsys.readouterr().out
+
+
+def test_without_the_extra_the_command_names_it(tmp_path, capsys, monkeypatch):
+    task_run(tmp_path / "run", "classification")
+    monkeypatch.delitem(sys.modules, "vlbeit.serve.onnx_session", raising=False)
+    monkeypatch.delitem(sys.modules, "vlbeit.serve.onnx_cost", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    words = [str(tmp_path / "run"), str(tmp_path / "out"), "--mode", "classify"]
+    assert main(["export", "onnx", *words]) == 78
+    assert "vlbeit[export]" in capsys.readouterr().err
 
 
 def test_one_side_makes_a_square():

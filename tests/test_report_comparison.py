@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from test_page import browser as browser
 from test_report import Reader
 from toy_tasks import toy_finetune, write_start, write_tasks
 from vlbeit.cli import main
@@ -169,6 +170,30 @@ def test_runs_of_one_name_are_told_apart_by_what_comes_before():
     places = [Path("/a/x/vqa"), Path("/b/x/vqa"), Path("/b/y/vqa"), Path("/b/small")]
     assert short_names(places) == ["a/x/vqa", "b/x/vqa", "y/vqa", "small"]
     assert short_names([Path("/r"), Path("/s/r")]) == ["/r", "s/r"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_each_run_in_its_own_colour_and_fits_a_phone(browser, tmp_path, scheme):
+    runs = [write_run(tmp_path / f"a-run-with-a-long-name-{i}", rate=i + 0.5) for i in range(8)]
+    page = write_comparison(runs)
+    context = browser.new_context(color_scheme=scheme, viewport={"width": 390, "height": 800})
+    opened = context.new_page()
+    said: list[str] = []
+    opened.on("console", lambda message: said.append(message.text))
+    opened.goto(page.as_uri())
+    colours = opened.eval_on_selector_all(
+        "polyline.held", "lines => lines.map(line => getComputedStyle(line).stroke)"
+    )
+    keys = opened.eval_on_selector_all(
+        "header .key li",
+        "all => all.map(one => getComputedStyle(one, '::before').backgroundColor)",
+    )
+    # Loss and accuracy are drawn in the colours of the legend, in its order.
+    assert len(set(keys)) == 8 and colours == keys * 2
+    assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert said == []
+    context.close()
 
 
 # ------------------------------------------------------------------ what is refused

@@ -50,6 +50,9 @@ TRACED = (2, 8)
 FEWEST_WORDS = 3
 """[T_CLS], a word, [T_SEP]: an empty text is refused before a model sees it."""
 MAX_BATCH = 65_536
+MAX_PATCHES = 4096
+"""1,024 x 1,024 pixels in patches of 16. The check asks five samples at a time, and onnxruntime
+holds all their attention scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +230,7 @@ def at_size(run: Run, size: tuple[int, int]) -> Run:
     """The same run for pictures of another size, its position tables resampled once and for all.
 
     Raises:
-        ConfigError: a side that is no multiple of the patch.
+        ConfigError: a side that is no multiple of the patch, or more than `MAX_PATCHES`.
     """
     config = run.config.model
     if size == config.image_size:
@@ -239,6 +242,12 @@ def at_size(run: Run, size: tuple[int, int]) -> Run:
                 f"{config.patch}; the run's own size is {config.image_size[0]} "
                 f"{config.image_size[1]}"
             )
+    patches = size[0] * size[1] // config.patch**2
+    if patches > MAX_PATCHES:
+        raise ConfigError(
+            f"--image-size {size[0]} {size[1]}: {patches} patches, and every one looks at every "
+            f"other; at most {MAX_PATCHES}"
+        )
     model = VLBeit(replace(config, image_size=size), seed=None)
     if isinstance(run, TaskRun):
         # The head has no part that knows the size; `transfer` copies it with the trunk.
@@ -319,9 +328,10 @@ def made_inputs(run: Run, mode: OnnxMode, batch: int, words: int, seed: int) -> 
 
 def write_graph(run: Run, mode: OnnxMode, path: Path) -> None:
     """Trace the mode and write it (weights above 2 GB beside it, as ONNX wants it)."""
-    example = made_inputs(run, mode, *TRACED, seed=0)
+    samples, longest = TRACED[0], run.config.model.text_positions
+    example = made_inputs(run, mode, samples, min(TRACED[1], longest), seed=0)
     batch = Dim("batch", min=1, max=MAX_BATCH)
-    words = Dim("text_length", min=FEWEST_WORDS, max=run.config.model.text_positions)
+    words = Dim("text_length", min=FEWEST_WORDS, max=longest)
     shapes = tuple({0: batch, 1: words} if name in WORDS else {0: batch} for name in mode.inputs)
     with torch.no_grad(), quiet():
         # A table that is remembered from call to call must not be remembered from the tracing.
