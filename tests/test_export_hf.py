@@ -24,9 +24,10 @@ from vlbeit.cli import main
 from vlbeit.config import ModelConfig
 from vlbeit.data.transforms import plain
 from vlbeit.errors import ConfigError, InputError
+from vlbeit.eval.run_rows import EVALUATION
 from vlbeit.modelcard import CardFacts, write_card
 from vlbeit.nn.model import VLBeit
-from vlbeit.serve.export_hf import EVALUATION, export_hf
+from vlbeit.serve.export_hf import export_hf
 from vlbeit.train.verify import describe
 
 CLOSE = 1e-6

@@ -17,14 +17,9 @@ from vlbeit.data.records import write_shards
 from vlbeit.eval.curves import POINTS, Line, interval_chart, line_chart, nice_ticks, share_chart
 from vlbeit.eval.evaluate import evaluate_run
 from vlbeit.eval.examples import Word
-from vlbeit.eval.report import (
-    duration,
-    run_folder_of,
-    said,
-    summary,
-    write_report,
-)
+from vlbeit.eval.report import run_folder_of, summary, write_report
 from vlbeit.eval.report_html import picture
+from vlbeit.eval.report_looking import said
 from vlbeit.eval.report_tasks import (
     HEADLINES,
     AskedExample,
@@ -36,6 +31,7 @@ from vlbeit.eval.report_tasks import (
     coloured,
     tasks_part,
 )
+from vlbeit.eval.report_training import duration
 from vlbeit.eval.run_rows import read_rows
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vlbeit
 from tiny_tasks import MODEL, write_start

@@ -199,7 +199,7 @@ def save_checkpoint(
     needed = tensor_bytes(model_tensors) + SMALL_FILES
     if not isinstance(optimizer_tensors, Path):
         needed += tensor_bytes(optimizer_tensors)
-    with _written_aside(folder, needed) as temporary:
+    with folder_aside(folder, needed) as temporary:
         text_tokenizer.save(temporary)
         if visual_tokenizer is not None:
             visual_tokenizer.save(temporary / VISUAL_TOKENIZER)
@@ -313,7 +313,7 @@ def copy_checkpoint(
     written: dict[str, dict[str, Any]] = {}
     handed = {name: f for name, f in source.manifest["files"].items() if not _of_optimizer(name)}
     needed = sum(f["size"] for f in handed.values())
-    with _written_aside(out, needed + SMALL_FILES) as temporary:
+    with folder_aside(out, needed + SMALL_FILES) as aside:
         for name, wanted in handed.items():
             if name in replaced:
                 continue
@@ -322,28 +322,33 @@ def copy_checkpoint(
                     f"{source.folder / name}: is not what the manifest says; see "
                     f"`vlbeit verify {source.folder}`"
                 )
-            (temporary / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source.folder / name, temporary / name)
-            written[name] = _digest_of(temporary / name)
+            (aside / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.folder / name, aside / name)
+            written[name] = _digest_of(aside / name)
         for name, content in replaced.items():
-            written[name] = _write(temporary / name, content)
+            written[name] = _write(aside / name, content)
         manifest = {
             **{key: value for key, value in source.manifest.items() if key != "digest"},
             "config_digest": config_digest(_settings(config)),
             "files": written,
         }
-        _write(temporary / MANIFEST, _manifest_bytes(manifest))
+        _write(aside / MANIFEST, _manifest_bytes(manifest))
     return out
 
 
 @contextmanager
-def _written_aside(folder: Path, needed: int) -> Iterator[Path]:
-    """A temporary folder to fill. Then everything in it is fsynced and it takes the name `folder`;
-    if anything fails it is removed, and what was at `folder` stays.
+def folder_aside(folder: Path, needed: int) -> Iterator[Path]:
+    """An empty folder beside `folder` to be filled. When the block ends, everything in it is fsynced
+    and it takes the place of `folder`; when the block fails, it is removed and `folder` stays as it
+    was.
 
     Args:
-        needed: bytes, for the message about a full disk.
+        needed: bytes, for the message when there is no room.
+
+    Raises:
+        SaveError: it cannot be written.
     """
+    folder = folder.absolute()
     temporary = folder.with_name(_TEMPORARY + folder.name)
     with _translated(folder, needed):
         _fault("before_temp")

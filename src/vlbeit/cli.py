@@ -77,12 +77,12 @@ VERBS: dict[str, Verb] = {
         "vlbeit.serve.server:main",
     ),
     "report": Verb(
-        "one page about a run: curves, filled-in words and patches, tables",
+        "one page about a run: curves, filled-in words and patches; several runs side by side",
         "vlbeit.eval.report:main",
     ),
     "export": Verb(
-        "write a run as a folder for the Hugging Face hub, with its model card: hf",
-        "vlbeit.serve.export_hf:main",
+        "write a run for others: hf (a folder for the Hugging Face hub), onnx (for onnxruntime)",
+        "vlbeit.serve.export_cli:main",
     ),
     "bench": Verb(
         "time a step, the data loading or the server; plan a run's time and cost",

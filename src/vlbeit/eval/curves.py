@@ -19,7 +19,8 @@ POINTS = 120
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line. Shapes: steps, values (n,). `kind` is a class of the page: train, held, level."""
+    """One line. Shapes: steps, values (n,). `kind` is a class of the page (train, held, level), of
+    several runs with the run's (held run0); what was held out gets dots."""
 
     name: str
     kind: str
@@ -84,9 +85,10 @@ def line_chart(
         points = [(x(s), y(v)) for s, v in zip(line.steps, line.values, strict=True)]
         path = " ".join(f"{a:.1f},{b:.1f}" for a, b in points)
         parts.append(f'<polyline class="line {line.kind}" points="{path}"/>')
-        if line.kind == "held":
+        if "held" in line.kind.split():
             parts += [
-                f'<circle class="dot held" cx="{a:.1f}" cy="{b:.1f}" r="3"/>' for a, b in points
+                f'<circle class="dot {line.kind}" cx="{a:.1f}" cy="{b:.1f}" r="3"/>'
+                for a, b in points
             ]
     return _svg(WIDTH, HEIGHT, label, parts)
 

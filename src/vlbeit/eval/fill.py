@@ -128,10 +128,8 @@ def guess_words(
             states = run.model.embed_pair(words, None, pixels_of(run, picture))
             wanted = torch.nn.functional.pad(wanted, (0, states.x.shape[1] - len(ids)))
         logits = run.model.heads["mlm"](run.model.backbone.rows(states, wanted)).float()
-    # Rows of the table that the vocabulary does not use, and special tokens, are no words.
-    logits[:, run.text.size :] = -torch.inf
-    logits[:, : run.text.mask + 1] = -torch.inf
-    best = logits.softmax(-1).topk(min(top, run.text.size - run.text.mask - 1), dim=-1)
+    shares = word_probabilities(run, logits)
+    best = shares.topk(min(top, run.text.size - run.text.mask - 1), dim=-1)
     return [
         [
             Guess(piece, float(p))
@@ -139,6 +137,14 @@ def guess_words(
         ]
         for row, values in zip(best.indices, best.values, strict=True)
     ]
+
+
+def word_probabilities(run: LoadedRun, logits: torch.Tensor) -> torch.Tensor:
+    """(..., V) logits of the vocabulary's table to (..., V) probabilities; 0 for special tokens and
+    for rows of the table that the vocabulary does not use, which are no words."""
+    piece = torch.arange(logits.shape[-1], device=logits.device)
+    no_word = (piece <= run.text.mask) | (piece >= run.text.size)
+    return logits.masked_fill(no_word, -torch.inf).softmax(-1)
 
 
 def hide_share(run: LoadedRun, share: float, seed: int = 0) -> np.ndarray:

@@ -16,11 +16,15 @@ STYLE = """
 :root { color-scheme: light dark;
   --paper: #fbfaf7; --card: #ffffff; --ink: #1d2129; --soft: #5d6470; --rule: #e3e0d8;
   --sighted: #1b6f8f; --blind: #b4552d; --none: #7a6aa8; --level: #8a8f98;
-  --good: #1f7a45; --good-paper: #e4f3e9; --bad: #b3361f; --bad-paper: #fbe9e4; }
+  --good: #1f7a45; --good-paper: #e4f3e9; --bad: #b3361f; --bad-paper: #fbe9e4;
+  --run0: #1b6f8f; --run1: #b4552d; --run2: #7a4fa3; --run3: #2f7d46;
+  --run4: #a3832a; --run5: #b03a6b; --run6: #4a5a6e; --run7: #7c4a2d; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #15181d; --card: #1d2127; --ink: #e8e6e1; --soft: #a2a8b2; --rule: #323842;
   --sighted: #63bddd; --blind: #ee9068; --none: #b5a6e0; --level: #858c98;
-  --good: #7fd3a0; --good-paper: #1c3527; --bad: #f39a85; --bad-paper: #412620; } }
+  --good: #7fd3a0; --good-paper: #1c3527; --bad: #f39a85; --bad-paper: #412620;
+  --run0: #63bddd; --run1: #ee9068; --run2: #c3a2ec; --run3: #7fd3a0;
+  --run4: #e2c567; --run5: #f08bb4; --run6: #aab8c8; --run7: #c99a78; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink);
@@ -88,6 +92,13 @@ svg.chart { display: block; width: 100%; height: auto; font-family: inherit; }
 .key .level::before { height: 0; border-radius: 0; border-top: 2px dashed var(--blind);
   background: none; width: 1.1rem; vertical-align: .25rem; }
 .key .train::before, .key .line::before { height: 3px; border-radius: 0; vertical-align: .22rem; }
+.run0 { --own: var(--run0); } .run1 { --own: var(--run1); } .run2 { --own: var(--run2); }
+.run3 { --own: var(--run3); } .run4 { --own: var(--run4); } .run5 { --own: var(--run5); }
+.run6 { --own: var(--run6); } .run7 { --own: var(--run7); }
+.line[class*=" run"] { stroke: var(--own); } .dot[class*=" run"] { fill: var(--own); }
+.line.train[class*=" run"] { stroke-width: 1.1; opacity: .5; }
+.key [class*=" run"]::before { background: var(--own); }
+.value { display: inline-block; min-width: 6rem; white-space: normal; overflow-wrap: anywhere; }
 img { display: block; max-width: 100%; height: auto; border-radius: .35rem;
   background: var(--rule); }
 img.pixels { image-rendering: pixelated; }

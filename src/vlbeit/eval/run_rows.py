@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+EVALUATION = "evaluation.json"
+"""In a run folder: what `vlbeit eval RUN --out RUN/evaluation.json` wrote."""
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Whole rows of a JSON-lines file; none if there is no such file. A torn last line of a run

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vlbeit.nn.mome import Block
 from vlbeit.nn.positions import RelativeBias
-from vlbeit.types import Modality, States
+from vlbeit.types import Modality, Span, States
 
 ROWS_STEP = 64
 """Picked rows are filled up to a multiple of this. Their number differs from step to step, and a
@@ -60,10 +60,13 @@ class Backbone(nn.Module):
     def _biases(self, states: States) -> list[Tensor | None]:
         """What is added to the attention scores of each layer: padding, relative positions."""
         padding = None
-        # A GPU is not asked, since that would wait for it: `Batch.valid_words` has said so before.
-        if states.valid is not None and (
-            states.valid.device.type != "cpu" or not bool(states.valid.all())
-        ):
+        # A graph that is exported cannot look at its input, and a GPU is not asked, since that would
+        # wait for it (`Batch.valid_words` has said so before): there padding is always added, which
+        # is 0 where every token is real.
+        blind = torch.compiler.is_exporting() or (
+            states.valid is not None and states.valid.device.type != "cpu"
+        )
+        if states.valid is not None and (blind or not bool(states.valid.all())):
             padding = torch.zeros(states.valid.shape, dtype=states.x.dtype, device=states.x.device)
             padding = padding.masked_fill(~states.valid, float("-inf"))[:, None, None, :]
         if self.relative_bias is None:
@@ -121,27 +124,34 @@ class Backbone(nn.Module):
         Args:
             count: how many are wanted, where the host knows it; as in `places_of`.
         """
-        x = states.x
-        biases = self._biases(states)
         places = places_of(wanted, count)
         count = len(places)
         places = F.pad(places, (0, -count % ROWS_STEP))
-        last = len(self.blocks) - 1
-        for layer, block in enumerate(self.blocks):
-            draws = layer_draws(states, layer)
-            if layer == last:
-                x = block.rows(x, states.route, places, biases[layer], draws)  # type: ignore[operator]
-            else:
-                x = self._block(block, x, states, biases[layer], draws)
-        out: Tensor = self.norm(x)
-        return out[:count]
+        return self._rows_at(states, places, states.route)[:count]
 
     def first(self, states: States) -> Tensor:
         """(B, D), the first token after the final norm: [T_CLS] of a text or a pair, [I_CLS] of an
         image."""
-        wanted = torch.zeros(states.x.shape[:2], dtype=torch.bool, device=states.x.device)
-        wanted[:, 0] = True
-        return self.rows(states, wanted)
+        batch, length = states.x.shape[:2]
+        places = torch.arange(batch, device=states.x.device) * length
+        # All of them are the first span's, so no expert need ask which rows are its own.
+        route = self.blocks[-1].spans(states.route)[:1]  # type: ignore[operator]
+        return self._rows_at(states, places, route)
+
+    def _rows_at(self, states: States, places: Tensor, route: Sequence[Span]) -> Tensor:
+        """(N, D), the tokens at the places (N,) of (B, L) after the final norm; `route` says which
+        experts of the last block serve them."""
+        x = states.x
+        biases = self._biases(states)
+        last = len(self.blocks) - 1
+        for layer, block in enumerate(self.blocks):
+            draws = layer_draws(states, layer)
+            if layer == last:
+                x = block.rows(x, route, places, biases[layer], draws)  # type: ignore[operator]
+            else:
+                x = self._block(block, x, states, biases[layer], draws)
+        out: Tensor = self.norm(x)
+        return out
 
     def mean(self, states: States, wanted: Tensor) -> Tensor:
         """(B, D), the mean of the wanted tokens after the final norm; wanted (B, L) bool, at least

@@ -42,7 +42,7 @@ class ImageEmbed(nn.Module):
         x: Tensor = self.proj(to_patches(pixels, self.patch))
         if patch_masked is not None:
             x = torch.where(patch_masked[..., None], self.masked_patch.to(x.dtype), x)
-        x = torch.cat((self.cls.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+        x = torch.cat((self.cls.to(x.dtype).expand(x.shape[0], 1, -1), x), dim=1)
         if self.positions is not None:
             places = resize_grid(self.positions[1:], self.native_grid, (rows, columns))
             x = x + torch.cat((self.positions[:1], places))

@@ -111,7 +111,7 @@ class VLBeit(nn.Module):
         text, image = self.text(words), self.image(pixels, patch_masked)
         x = torch.cat((text, image), dim=1)
         if valid is not None:
-            valid = torch.cat((valid, valid.new_ones(len(valid), image.shape[1])), dim=1)
+            valid = torch.cat((valid, valid.new_ones(valid.shape[0], image.shape[1])), dim=1)
         route = (Span(Modality.TEXT, text.shape[1]), Span(Modality.IMAGE, image.shape[1]))
         return States(
             x=x, valid=valid, route=route, grid=self.image.grid(pixels), depth_draws=depth_draws

@@ -30,28 +30,18 @@ from vlbeit.checkpoint import (
 from vlbeit.config import ModelConfig, from_dict
 from vlbeit.convert.hf_export import preprocessor
 from vlbeit.errors import ConfigError
+from vlbeit.eval.run_rows import EVALUATION
 from vlbeit.jsonfile import read_json
 from vlbeit.modelcard import CardFacts, write_card
 from vlbeit.tensorfile import read_header
 
-EVALUATION = "evaluation.json"
-"""In a run folder: what `vlbeit eval RUN --out RUN/evaluation.json` wrote."""
 PATHS = (("run_dir",), ("start",), ("tokenizers", "text"), ("tokenizers", "visual"))
 """Settings that hold a path, relative ones too. The last part stays: others need not know where
 files lay."""
 
-USAGE = "usage: vlbeit export hf RUN OUT [--licence ID] [--name NAME] [--evaluation FILE] ..."
-
 
 def main(argv: Sequence[str]) -> int:
-    """`vlbeit export hf ...`; `argv` is the words after the verb."""
-    words = list(argv)
-    if words and words[0] in ("-h", "--help"):
-        print(f"{USAGE}\n`vlbeit export hf --help` explains it.")
-        return 0
-    if not words or words[0] != "hf":
-        found = repr(words[0]) if words else "nothing"
-        raise ConfigError(f"vlbeit export: found {found}, known is hf\n{USAGE}")
+    """`argv` is the words after `vlbeit export hf`."""
     parser = argparse.ArgumentParser(
         prog="vlbeit export hf",
         description="Write a run as a folder that the hub, from_pretrained and vlbeit.load read.",
@@ -67,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--push", default="", metavar="NAMESPACE/NAME", help="and upload it")
     parser.add_argument("--private", action="store_true", help="a new repository is private")
-    given = parser.parse_args(words[1:])
+    given = parser.parse_args(list(argv))
     if given.private and not given.push:
         raise ConfigError("--private says how --push makes a repository: give that too")
     if given.push and not hub.is_repository(given.push):

@@ -158,7 +158,7 @@ class Statements:
             torch.cat([batch.image(side) for side in range(2)]),
             depth_draws=None if draws[0] is None else torch.cat(draws),  # type: ignore[arg-type]
         )
-        left, right = model.backbone.first(states).chunk(2)
+        left, right = model.backbone.first(states).unflatten(0, (2, -1))
         logits: Tensor = head(torch.cat((left, right), dim=1))
         return logits.float()
 

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vlbeit.config import PretrainConfig
 from vlbeit.errors import ConfigError, SaveError
+from vlbeit.nn.linear import autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import score_batch
 from vlbeit.recipes import PRETRAIN
@@ -43,7 +44,6 @@ from vlbeit.train.bench_step import (
 from vlbeit.train.block_settings import compiles, set_blocks
 from vlbeit.train.distributed import choose_device, use_deterministic_kernels
 from vlbeit.train.limit import matrix_limit, synchronize
-from vlbeit.train.loop import autocast
 from vlbeit.types import STREAMS, Batch
 
 COMMAND = "vlbeit bench gpu"

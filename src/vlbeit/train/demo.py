@@ -42,8 +42,9 @@ from vlbeit.data.scenes import TASK_SCENES, WORLD_VERSION, prepare_scenes
 from vlbeit.errors import ConfigError
 from vlbeit.eval.cli import percent, show, table_of
 from vlbeit.eval.evaluate import evaluate_run, load_run
-from vlbeit.eval.report import duration, write_report
+from vlbeit.eval.report import write_report
 from vlbeit.eval.report_tasks import TaskResult, headline_rows
+from vlbeit.eval.report_training import duration
 from vlbeit.eval.run_rows import read_rows
 from vlbeit.recipes import tiny
 from vlbeit.train.demo_tasks import (

@@ -294,7 +294,7 @@ def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
         store.wait(answers, limit)
         words = [store.get(answer).decode() for answer in answers]
         store.set(f"{own}/words", json.dumps(words))
-        return dist.PrefixStore(own, store)
+        return torch.distributed.distributed_c10d.PrefixStore(own, store)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if store.check(["start"]):
@@ -302,7 +302,7 @@ def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
             store.set(f"{start}/{rank}", own)
             words_key = f"{start}/words"
             if store.check([words_key]) and own in json.loads(store.get(words_key)):
-                return dist.PrefixStore(start, store)
+                return torch.distributed.distributed_c10d.PrefixStore(start, store)
         time.sleep(0.02)
     raise RuntimeError("rank 0 did not answer")
 
