@@ -242,14 +242,28 @@ def check_parsed(block: Block) -> None:
     if block.language == "python":
         compile(block.text, block.where, "exec")
     elif block.language == "yaml":
-        if not list(yaml.safe_load_all(block.text)):
+        read = list(yaml.safe_load_all(block.text))
+        if not read:
             raise WrongPageError(f"{block.where}: no YAML in it")
+        for words in commands_in(read):
+            check_command(Command(tuple(words)), block.where)
     elif block.language == "json":
         for line in block.text.splitlines():
             json.loads(line)
     elif block.language == "bash":
         for command in commands(block):
             check_command(command, block.where)
+
+
+def commands_in(tree: Any) -> Iterator[list[str]]:
+    """The words of every container of a manifest: `command`, then `args`."""
+    if isinstance(tree, dict):
+        if "command" in tree:
+            yield [str(word) for word in (*tree["command"], *tree.get("args", ()))]
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for part in tree:
+            yield from commands_in(part)
 
 
 def check_command(command: Command, where: str) -> None:
@@ -273,12 +287,15 @@ def compare_printed(block: Block, printed: str) -> None:
 
 
 def smaller(words: Sequence[str], flags: Mapping[str, str]) -> list[str]:
-    """The words with the values of these flags replaced; a flag that is not there is added."""
+    """The words with the values of these flags replaced; a flag that is not there is added. What
+    the page sets to 0 (a stream that is left out) stays 0."""
     changed = list(words)
     for flag, value in flags.items():
         new = [flag, *value.split()]
         if flag in changed:
             at = changed.index(flag)
+            if changed[at + 1 : at + 2] == ["0"]:
+                continue
             end = at + 1
             while end < len(changed) and not changed[end].startswith("--"):
                 end += 1

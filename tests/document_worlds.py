@@ -108,16 +108,37 @@ def photos(folder: str, count: int, kind: str = "JPEG") -> None:
 def readme(world: Path) -> None:
     take(world, "runs/tiny-retrieval")
     save_scene(Path("scene.png"), 0)
+    streams()
+    for stream in ("images", "texts", "pairs"):
+        shutil.copytree(f"data/{stream}", f"data/my-{stream}")
+
+
+def streams() -> None:
+    """A small prepared folder for each stream of pretraining."""
     for number in range(6):
         save_scene(Path(f"photos/{number}.png"), number)
-    prepare("images", "photos", "--out", "data/my-images", "--val-fraction", "0.2")
-    shutil.copytree("data/my-images", "data/images")
+    prepare("images", "photos", "--out", "data/images", "--val-fraction", "0.2")
     put(Path("words.txt"), "a red ring above a blue star on a grey ground\n" * 60)
-    prepare("text", "words.txt", "--out", "data/my-texts")
-    shutil.copytree("data/my-texts", "data/texts")
+    prepare("text", "words.txt", "--out", "data/texts")
     put_rows(Path("said.jsonl"), [{"image": f"{n}.png", "caption": "a ring"} for n in range(6)])
-    prepare("pairs", "said.jsonl", "--images", "photos", "--out", "data/my-pairs")
-    shutil.copytree("data/my-pairs", "data/pairs")
+    prepare("pairs", "said.jsonl", "--images", "photos", "--out", "data/pairs")
+
+
+def quickstart(world: Path) -> None:
+    """Own pictures, and more rows for the two files that the page begins."""
+    for number in range(1, 81):
+        save_scene(Path(f"photos/{number:04d}.jpg"), number)
+    names = [f"{number:04d}.jpg" for number in range(3, 81)]
+    put_rows(Path("captions.jsonl"), [{"image": name, "caption": "a worn gear"} for name in names])
+    rows = [
+        {"image": name, "question": "is it broken?", "answer": ("yes", "no")[n % 2]}
+        for n, name in enumerate(names)
+    ]
+    put_rows(Path("questions.jsonl"), rows)
+
+
+def nothing(world: Path) -> None:
+    """The page makes all it needs."""
 
 
 def convert(world: Path) -> None:
@@ -272,6 +293,10 @@ def page(world: Path) -> None:
     take(world, "data/scenes", "runs/demo")
 
 
+def scale(world: Path) -> None:
+    streams()
+
+
 def scenes(world: Path) -> None:
     """A demo that has come as far as its pretraining; the page's commands go on with it."""
     take(world, "runs/demo")
@@ -321,18 +346,17 @@ def prepare_images(out: str) -> None:
     prepare("images", "drawings", "--out", out)
 
 
-def benchmarks(world: Path) -> None:
-    """Nothing: what is timed is made up."""
-
-
 SETUPS: dict[str, Callable[[Path], None]] = {
     "README.md": readme,
-    "benchmarks/README.md": benchmarks,
+    "benchmarks/README.md": nothing,
     "docs/convert.md": convert,
     "docs/data.md": data,
     "docs/finetune.md": finetuned,
     "docs/hub.md": hub,
+    "docs/model.md": nothing,
     "docs/page.md": page,
+    "docs/quickstart.md": quickstart,
+    "docs/scale.md": scale,
     "docs/scenes.md": scenes,
     "docs/serve.md": serve,
     "docs/tokenizers.md": tokenizers,

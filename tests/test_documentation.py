@@ -234,6 +234,9 @@ def test_the_grammar_of_what_is_not_run_is_checked():
         check_parsed(block("run = vlbeit.load(", "python", remark))
     with pytest.raises(Exception, match="mapping"):
         check_parsed(block("a: b: c", "yaml", remark))
+    with pytest.raises(WrongPageError, match="optim.lrr"):
+        words = "args: [vlbeit, pretrain, base, --data, x, --optim.lrr, '1']"
+        check_parsed(block(f"spec:\n - command: [torchrun, -m]\n   {words}", "yaml", remark))
 
 
 def test_printed_lines_are_compared_and_three_dots_stand_for_anything():

@@ -235,7 +235,12 @@ def _field(field: griffe.Object) -> str:
     if made:
         default = made.group(1).removeprefix("lambda: ") + ("" if "(" in default[23:] else "()")
     about = "" if field.docstring is None else " ".join(field.docstring.value.split())
-    cells = (f"`{field.name}`", f"`{note}`" if note else "", f"`{default}`" if default else "", about)
+    cells = (
+        f"`{field.name}`",
+        f"`{note}`" if note else "",
+        f"`{default}`" if default else "",
+        about,
+    )
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 

@@ -111,3 +111,16 @@ def test_r10_a_killed_rank_ends_the_job_within_15_seconds_with_71(toy: Toy, tmp_
     told = output_of(run).read_text()
     assert "exitcode  : 71" in told and f"rank 1, process {ranks[1]}," in told, told
     assert "Signal 9 (SIGKILL)" in told
+
+
+def test_r10_torchrun_may_start_the_ranks_again_and_the_run_is_the_same(
+    toy: Toy, undisturbed_pair: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = toy.start(run, 40, ranks=2, restarts=1)
+    with killed_at_the_end(job):
+        wait_for_step(job, run, 7)
+        kill(ranks_of(job)[1])
+        assert job.wait(120) == 0, said(run)
+    assert said(run).count("going on from") == 1
+    same_history(run, undisturbed_pair, 40)

@@ -50,15 +50,18 @@ class Toy:
         ranks: int = 1,
         fault: str = "",
         save_every: int = SAVE_EVERY,
+        restarts: int = 0,
         before: tuple[str, ...] = (),
     ) -> subprocess.Popen[str]:
         """The job in a session of its own; its output goes to run_dir with .out at the end.
 
-        `before`: words of a command that starts the job, such as `unshare`.
+        `before`: words of a command that starts the job, such as `unshare`; `restarts`: how often
+        torchrun starts all ranks again when one is lost.
         """
         words = [*before, sys.executable, "-m"]
         if ranks > 1:
-            words += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+            words += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
+            words += ["--max-restarts", str(restarts), "-m"]
         words += ["vlbeit", "pretrain", "tiny", "--data", str(self.data), "--run-dir", str(run_dir)]
         words += ["--max-steps", str(steps), "--save-every", str(save_every), *TOY, *more]
         if self.visual is not None:
