@@ -66,8 +66,13 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--out", type=Path, help="the page; default: report.html in the run")
     parser.add_argument("--samples", type=int, default=0, help="most samples a stream; 0: all")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: 64)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     args = parser.parse_args(argv)
     folder = run_folder_of(Path(args.run))
     out = args.out or folder / "report.html"

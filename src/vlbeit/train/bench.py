@@ -2,9 +2,9 @@
 
     vlbeit bench [step] [--recipe base] [--samples 4] [--threads N] [--precision bf16] [--json]
     vlbeit bench data   [--recipe base] [--samples 4] [--threads N] [--json]
-    vlbeit bench serve RUN ...: see `vlbeit bench serve --help`
+    vlbeit bench serve RUN ... [--mode answer] [--clients 1 8 64] [--json]
 
-Every setting of a recipe can be given too, such as `--objective.mvlm joint`.
+Every setting of a recipe can be given to the first two, such as `--objective.mvlm joint`.
 """
 
 import argparse
@@ -23,9 +23,14 @@ from vlbeit.train.bench_data import describe_data, measure_data
 from vlbeit.train.bench_step import BenchConfig, describe_step, measure_step
 from vlbeit.train.distributed import use_deterministic_kernels
 
+USAGE = (__doc__ or "").replace("\n\n    vlbeit", "\n\nusage:\n    vlbeit", 1).strip()
+
 
 def main(argv: list[str]) -> int:
     """Run one benchmark and print it, as text or as one JSON object."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n`vlbeit bench step --help` and so on list the flags of each.")
+        return 0
     if argv[:1] == ["serve"]:
         return bench_serve(argv[1:])
     kind, words = (argv[0], argv[1:]) if argv and argv[0] in ("step", "data") else ("step", argv)
@@ -46,7 +51,12 @@ def parse(words: Sequence[str], command: str) -> BenchConfig:
         description="Any setting of the recipe may follow, such as --precision fp32.",
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default="base", choices=list(PRETRAIN))
+    parser.add_argument(
+        "--recipe",
+        default="base",
+        choices=list(PRETRAIN),
+        help="whose model and batches (default: base)",
+    )
     parser.add_argument("--samples", type=int, default=4, help="of each stream in a step")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one to warm up")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as torch chooses")
