@@ -129,7 +129,6 @@ class PageRun:
         self.space: dict[str, Any] = {"__name__": "__page__"}
         self.printed = ""
         self.done: Counter[str] = Counter()
-        self.used: set[tuple[str, ...]] = set()
         self.server: subprocess.Popen[str] | None = None
         self.port = 0
 
@@ -201,7 +200,6 @@ class PageRun:
         key = key_of(words)
         if key is None:
             return words
-        self.used.add(key)
         return smaller(words, SMALLER[key])
 
     def run_vlbeit(self, words: list[str], into: str, where: str, wanted: int) -> None:

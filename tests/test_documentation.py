@@ -22,7 +22,7 @@ from document_blocks import (
     parse_words,
     smaller,
 )
-from document_runs import SMALLER, PageRun, smaller_constants
+from document_runs import SMALLER, PageRun, key_of, smaller_constants
 from document_worlds import SETUPS, build_world
 from test_hub import standin  # noqa: F401  a fixture
 
@@ -92,16 +92,11 @@ def follow(world, tmp_path, monkeypatch, request):
     return run
 
 
-FOLLOWED: dict[str, set[tuple[str, ...]]] = {}
-"""The entries of SMALLER that each page used, for the test after them."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUNNING)
 def test_every_block_of_the_page_does_what_it_says(page, follow):
     done = follow(page, PAGES[page])
     assert sum(done.done.values()) == PAGES[page].count("\n```") // 2
-    FOLLOWED[page] = done.used
 
 
 @pytest.mark.slow
@@ -111,13 +106,6 @@ def test_a_page_with_a_wrong_path_fails_when_it_is_followed(follow):
     )
     with pytest.raises(WrongPageError, match=r"runs/tny.* ended with 66"):
         follow("docs/hub.md", wrong)
-
-
-@pytest.mark.slow
-def test_every_entry_that_makes_a_command_smaller_is_used():
-    if set(FOLLOWED) != set(RUNNING):
-        pytest.skip("only some of the pages were followed in this session")
-    assert set().union(*FOLLOWED.values()) == set(SMALLER)
 
 
 # -- what holds for the pages as they stand --------------------------------------------------
@@ -147,6 +135,18 @@ def test_what_is_not_run_is_parsed_in_full():
         for block in blocks_of(page, text):
             if block.kind == "parsed":
                 check_parsed(block)
+
+
+def test_every_entry_that_makes_a_command_smaller_is_used():
+    shown = [
+        command.vlbeit
+        for page, text in PAGES.items()
+        for block in blocks_of(page, text)
+        if block.kind == "run" and block.language == "bash"
+        for command in commands(block)
+        if command.vlbeit
+    ]
+    assert {key_of(words) for words in shown} - {None} == set(SMALLER)
 
 
 def test_every_page_that_is_run_has_a_beginning_and_every_beginning_a_page():
