@@ -1,5 +1,6 @@
 # `make run`   installs into .venv and runs the demo        `make check`      before a commit
 # `make test`  installs and runs the whole suite            `make test-fast`  the quick part of it
+# `make api`   writes docs/api from the docstrings
 #
 # PYTHON=python3.12 picks the interpreter, VENV=... the place, PYTEST_ARGS=... adds to pytest.
 
@@ -17,7 +18,7 @@ TORCH := $(shell grep '^torch==' constraints/cpu.txt)
 # CI has the CPU build of torch; on a user's machine the build that fits it is right.
 CHECK_ENV := $(PY) tools/check_env.py $(if $(CI),--expect-cpu)
 
-.PHONY: run test test-fast check lint format env clean
+.PHONY: run test test-fast check lint format api env clean
 
 run: $(VENV)/.installed-run
 	$(PY) -m vlbeit demo --run-dir $(RUN_DIR)
@@ -39,6 +40,9 @@ lint: env
 format: env
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+api: env
+	$(PY) tools/api_pages.py
 
 env: $(VENV)/.installed-dev
 

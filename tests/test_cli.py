@@ -1,7 +1,9 @@
 """The command from outside: what it lists, what it answers, and the exit code of every ending."""
 
+import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 
@@ -171,3 +173,62 @@ def test_doctor_answers_as_the_module_command(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert json.loads(done.stdout)["vlbeit"] == __version__
+
+
+FLAGS_OF_THEIR_OWN = (
+    "demo", "prepare", "tokenizer train-text", "tokenizer import x", "tokenizer encode",
+    "tokenizer show", "convert beit x", "convert x --to hf-beit", "eval", "predict", "index",
+    "search", "serve", "report", "export hf", "bench", "bench data", "bench serve", "doctor",
+    "verify", "inspect",
+)  # fmt: skip
+"""Commands with flags of their own; the others take the settings of a recipe."""
+
+
+class Asked(BaseException):
+    """In place of the work; holds the parser."""
+
+
+def arguments_without_help(parser: argparse.ArgumentParser) -> list[str]:
+    found = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for part in action.choices.values():
+                found += arguments_without_help(part)
+        elif not action.help:
+            found.append(f"{parser.prog} {' '.join(action.option_strings) or action.dest}")
+    return found
+
+
+@pytest.mark.parametrize("command", FLAGS_OF_THEIR_OWN)
+def test_every_argument_of_a_command_says_what_it_is_for(command, monkeypatch):
+    def asked(self, *_, **__):
+        raise Asked(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", asked)
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", asked)
+    with pytest.raises(Asked) as stopped:
+        main(command.split())
+    assert arguments_without_help(stopped.value.args[0]) == []
+
+
+def test_an_argument_without_a_word_is_found():
+    parser = argparse.ArgumentParser(prog="toy")
+    parser.add_argument("--count")
+    parser.add_subparsers().add_parser("inner").add_argument("file")
+    assert arguments_without_help(parser) == ["toy --count", "toy inner file"]
+
+
+def test_every_command_is_among_those_with_flags_or_takes_a_recipe():
+    named = {command.split()[0] for command in FLAGS_OF_THEIR_OWN}
+    assert named | {"pretrain", "finetune"} == set(VERBS)
+
+
+def test_the_help_of_recipes_says_what_each_is_for(capsys):
+    assert main(["pretrain", "--help"]) == 0
+    said = capsys.readouterr().out
+    for name in ("tiny", "small", "base", "large"):
+        assert re.search(rf"^  {name} +A|^  {name} +The|^  {name} +BEiT", said, re.MULTILINE), said
+    assert main(["finetune", "vqa", "--help"]) == 0
+    assert "VQAv2 at the paper's 480 px" in capsys.readouterr().out
+    assert main(["bench", "--help"]) == 0
+    assert "bench serve RUN" in capsys.readouterr().out

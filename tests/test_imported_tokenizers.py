@@ -72,6 +72,10 @@ def vit_tensors(draw: Callable[..., Tensor], channels: int, patch: int, layers: 
 
 @pytest.fixture
 def beitv2_file(gen: torch.Generator) -> Tensors:
+    return beitv2_training_file(gen)
+
+
+def beitv2_training_file(gen: torch.Generator) -> Tensors:
     """A whole training file in unilm's layout, with what only training needs."""
 
     def draw(*shape: int, std: float = 0.2) -> Tensor:

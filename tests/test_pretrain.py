@@ -545,12 +545,16 @@ def test_a_run_on_images_alone_needs_no_words(tmp_path: Path) -> None:
     assert len(rows(run)) == 7 and list(rows(run)[-1]["objectives"]) == ["mim"]
 
 
-def test_a_stream_that_no_source_feeds_is_an_input_error(tmp_path: Path) -> None:
+def test_a_stream_that_no_source_feeds_is_refused_before_a_tokenizer_is_trained(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     write_toy_data(folder, {"image": [image_source(folder)]})
+    shutil.rmtree(folder / "visual")
     with pytest.raises(InputError, match=r"batch asks for 5 of the text stream.*batch.texts to 0"):
         toy_run(folder, tmp_path / "run", {"batch.pairs": 0})
+    assert not (tmp_path / "run" / "tokenizers").exists()
 
 
 # ------------------------------------------------------------------ bad samples

@@ -11,6 +11,7 @@ import pytest
 
 import vlbeit.config
 import vlbeit.recipes
+from document_blocks import blocks_of, commands
 from tiny_run import grey_png
 from tiny_tasks import MODEL, write_start
 from toy_run import training_here
@@ -82,17 +83,21 @@ def write_counting(folder: Path) -> Path:
     return folder
 
 
-def test_the_task_of_the_guide_is_trained_and_evaluated(installed, tmp_path, capsys):
-    data = write_counting(tmp_path / "data")
-    start = write_start(tmp_path / "start", data, MODEL)
-    words = ["--start", str(start), "--data", str(data), "--run-dir", str(tmp_path / "run")]
-    words += ["--device", "cpu", "--precision", "fp32", "--runtime.threads", "1"]
-    assert main(["finetune", "counting", "tiny", *words, "--log.eval-every", "0"]) == 0
+def test_the_task_of_the_guide_is_trained_and_evaluated_by_its_commands(
+    installed, root, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    found = blocks_of("docs/tasks.md", (root / "docs/tasks.md").read_text())
+    (shown,) = [block for block in found if block.language == "bash"]
+    train, evaluate = (list(command.vlbeit or ()) for command in commands(shown))
+    write_start(Path("runs/tiny"), write_counting(tmp_path / "data/counting"), MODEL)
+    words = ["--device", "cpu", "--precision", "fp32", "--runtime.threads", "1"]
+    assert main([*train, *words, "--log.eval-every", "0"]) == 0
     told = capsys.readouterr().out
     assert "counting, tiny" in told
-    skips = (tmp_path / "run" / "skips.jsonl").read_text()
+    skips = Path("runs/tiny-counting/skips.jsonl").read_text()
     assert '"count\\" is 99; counting.largest is 9' in skips
-    assert main(["eval", str(tmp_path / "run"), "--device", "cpu", "--json"]) == 0
+    assert main([*evaluate, "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["samples"] == 60
     exact = found["figures"]["exact"]

@@ -118,14 +118,16 @@ class Checkpoint:
 
     @property
     def text_tokenizer(self) -> Path:
+        """tokenizer.json."""
         return self.folder / TEXT_TOKENIZER
 
     @property
     def visual_tokenizer(self) -> Path:
+        """The visual tokenizer's folder; absent in a run without one."""
         return self.folder / VISUAL_TOKENIZER
 
     def differences(self, *, world_size: int, threads: int, exact: bool = False) -> list[str]:
-        """What makes a resume here other than bit-identical, one sentence each (reliability.md G8).
+        """What makes a resume here other than bit-identical, one sentence each.
 
         Sums over ranks and threads are made in another order when their number changes: the
         sample order stays the same, losses agree to rounding. A run that was and is `exact` may

@@ -172,6 +172,8 @@ def finetune(words: list[str]) -> int:
         print(
             "usage: vlbeit finetune TASK [RECIPE] --start RUN --data DIR ... --run-dir DIR "
             f"[--SETTING VALUE ...]\ntasks: {tasks}\n"
+            "--start: a pretrained run; its recipe is taken where RECIPE is left out\n"
+            "`vlbeit finetune TASK --help` says what its recipes are for;\n"
             "`vlbeit finetune TASK RECIPE --help` lists every setting with the recipe's value."
         )
         return 0 if words else ConfigError.exit_code
@@ -218,7 +220,8 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "More processes: torchrun --nproc-per-node N -m vlbeit pretrain ...",
+            "First steps: `vlbeit demo`, docs/quickstart.md. More processes:",
+            "torchrun --nproc-per-node N -m -- vlbeit pretrain ... (docs/scale.md)",
         ]
     )
 

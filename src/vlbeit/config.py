@@ -238,6 +238,8 @@ class TokenizersConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
+    """What a run writes down, how often, and how many checkpoints it keeps."""
+
     every: int = 1
     """Steps between two rows of metrics.jsonl."""
     print_every: int = 20
@@ -256,6 +258,8 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
+    """How the machine is used; none of it changes what is learned, but for rounding."""
+
     threads: int = 0
     """CPU threads a rank; 0: cores divided by ranks on this host."""
     checkpoint_activations: bool = False

@@ -84,6 +84,9 @@ def word_masked(draws: Draws, maskable: np.ndarray, rate: float) -> np.ndarray:
 
     Returns:
         (W,) bool, True only where `maskable` is.
+
+    Raises:
+        ValueError: `rate` is no share.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"rate is {rate}; a share lies between 0 and 1")
@@ -116,6 +119,9 @@ def replace_words(
 
     Returns:
         (W,) token ids of the dtype of `words`, equal to `words` where `masked` is False.
+
+    Raises:
+        ValueError: `to_mask` and `to_random` are not shares of one whole.
     """
     if to_mask < 0 or to_random < 0 or to_mask + to_random > 1:
         raise ValueError(f"to_mask {to_mask} and to_random {to_random} are not shares of one whole")

@@ -82,6 +82,7 @@ def parse_config(
     usage = f"usage: {command} RECIPE [--config FILE] [--SETTING VALUE ...]\nrecipes: {names}"
     if argv and argv[0] in ("-h", "--help"):
         print(usage)
+        print("".join(f"  {name:<6}  {about}\n" for name, about in _abouts(recipes)), end="")
         print(f"`{command} RECIPE --help` lists every setting with the recipe's value.")
         print(f"`{command} RECIPE --print-config` prints them as YAML for `--config`.")
         raise SystemExit(0)
@@ -113,6 +114,14 @@ def parse_config(
         print(write_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _abouts(recipes: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, str]]:
+    """The first paragraph of every recipe's docstring, for those that have one."""
+    for name, recipe in recipes.items():
+        about = (recipe.__doc__ or "").strip().split("\n\n")[0]
+        if about:
+            yield name, " ".join(about.split())
 
 
 def recipe_of_start(

@@ -163,7 +163,11 @@ class TaskBatch:
         return replace(self, targets=targets, **moved)
 
     def image(self, number: int = 0) -> Tensor:
-        """(B, 3, height, width): one image of every sample."""
+        """(B, 3, height, width): one image of every sample.
+
+        Raises:
+            ValueError: the batch has no pixels.
+        """
         if self.pixels is None:
             raise ValueError(f"a {self.stream} batch without pixels")
         return self.pixels[:, number]
@@ -219,6 +223,7 @@ class Score:
 
     @staticmethod
     def zero(device: torch.device | str) -> Score:
+        """Nothing counted, in three scalars on the device."""
         return Score(
             loss_sum=torch.zeros((), device=device),
             count=torch.zeros((), dtype=torch.int64, device=device),
@@ -250,6 +255,7 @@ class Score:
         )
 
     def detach(self) -> Score:
+        """The same sums without a gradient."""
         return Score(loss_sum=self.loss_sum.detach(), count=self.count, correct=self.correct)
 
     def mean_loss(self) -> Tensor:
@@ -257,4 +263,5 @@ class Score:
         return self.loss_sum / self.count.clamp(min=1)
 
     def accuracy(self) -> Tensor:
+        """correct over count, in [0, 1]; 0 when nothing was counted."""
         return self.correct / self.count.clamp(min=1)

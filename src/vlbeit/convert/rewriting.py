@@ -115,6 +115,7 @@ class Receipt:
         return {action: found[action] for action in ACTIONS if found[action]}
 
     def named(self, action: Action) -> list[Entry]:
+        """The entries of one action, in the order of the model's tensors."""
         return [entry for entry in self.entries if entry.action == action]
 
     def to_json(self) -> dict[str, Any]:

@@ -151,12 +151,9 @@ class StepLoader(Generic[B]):
         for name, count in self._counts.items():
             if count == 0:
                 continue
-            if name not in self._streams or not self._streams[name].records:
-                raise InputError(
-                    f"the batch asks for {count} of the {name} stream, but no source in --data "
-                    f"feeds it; prepare one, or set batch.{name}s to 0"
-                )
-            stream = self._streams[name]
+            stream = self._streams.get(name)
+            if stream is None or not stream.records:
+                raise InputError(no_source(name, count))
             orders = stream.orders(window, min(BUCKET, max(1, count // BUCKETS_A_STEP)))
             shares = source_weights(stream.records, weights or {})
             self._orders[name] = StreamOrder(orders, shares)
@@ -512,6 +509,25 @@ def build_streams(
             )
         )
     return streams
+
+
+def no_source(stream: str, count: int) -> str:
+    """What to say when a step wants `count` samples of a stream that nothing feeds."""
+    return (
+        f"the batch asks for {count} of the {stream} stream, but no source in --data feeds it; "
+        f"prepare one, or set batch.{stream}s to 0"
+    )
+
+
+def check_fed(config: PretrainConfig, sources: Mapping[Stream, Sequence[RecordSource]]) -> None:
+    """Refuse a step that no data feeds; asked before the tokenizers, which may take hours.
+
+    Raises:
+        InputError: a stream whose count is not 0 has no source.
+    """
+    for stream, count in stream_counts(config).items():
+        if count and not sources.get(stream):
+            raise InputError(no_source(stream, count))
 
 
 def build_loader(

@@ -348,7 +348,11 @@ class RecordSource:
         return int(self._stops[-1]) if len(self._stops) else 0
 
     def locate(self, index: int) -> tuple[int, int]:
-        """The shard's number and the position in it."""
+        """The shard's number and the position in it.
+
+        Raises:
+            IndexError: there is no such record.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name}: record {index} of {len(self)}")
         shard = int(self._stops.searchsorted(index, side="right"))

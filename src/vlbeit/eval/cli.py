@@ -33,9 +33,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--data", nargs="+", default=[], help="prepared folders; default: the run's"
     )
-    parser.add_argument("--split", default="val", choices=("train", "val", "test"))
+    parser.add_argument(
+        "--split",
+        default="val",
+        choices=("train", "val", "test"),
+        help="which records (default: val)",
+    )
     parser.add_argument("--samples", type=int, default=0, help="most samples a stream; 0: all")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="samples at a time (default: 64)")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -44,7 +49,12 @@ def main(argv: list[str]) -> int:
         dest="settings",
         help="settings of a fine-tuned run's evaluation, as segmentation.flip=true",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--out", help="also write the JSON to this file")
     parser.add_argument(

@@ -30,7 +30,11 @@ class ImageEmbed(nn.Module):
         self.positions = nn.Parameter(torch.zeros(places + 1, width)) if absolute else None
 
     def grid(self, pixels: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches; the size must be a multiple of the patch."""
+        """Rows and columns of patches of pixels (B, 3, height, width).
+
+        Raises:
+            ValueError: the size is not a multiple of the patch.
+        """
         height, width = pixels.shape[-2:]
         if height % self.patch or width % self.patch:
             raise ValueError(f"image of {height} x {width} is not a multiple of patch {self.patch}")
@@ -79,7 +83,11 @@ class TextEmbed(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps) if norm_eps else None
 
     def forward(self, words: Tensor) -> Tensor:
-        """(B, W) int64 -> (B, W, D)."""
+        """(B, W) int64 -> (B, W, D).
+
+        Raises:
+            ValueError: the text is longer than the position table.
+        """
         length = words.shape[1]
         if length > self.longest:
             raise ValueError(f"text of {length} tokens, the position table has {self.longest}")

@@ -107,7 +107,7 @@ class VLBeit(nn.Module):
         patch_masked: Tensor | None = None,
         depth_draws: Tensor | None = None,
     ) -> States:
-        """[text ; image]; arguments as in `embed_text` and `embed_image`."""
+        """[text ; image], (B, W + P + 1, D); arguments as in `embed_text` and `embed_image`."""
         text, image = self.text(words), self.image(pixels, patch_masked)
         x = torch.cat((text, image), dim=1)
         if valid is not None:
@@ -252,7 +252,15 @@ class VLBeit(nn.Module):
             )
 
     def check_fit(self, shapes: Mapping[str, Sequence[int]], origin: str) -> None:
-        """Raise InputError with every name that is missing or unknown and every other shape."""
+        """Compare names and shapes with the model's own, before a tensor is read.
+
+        Args:
+            shapes: of the tensors, by name.
+            origin: file or folder, for the message.
+
+        Raises:
+            InputError: with every name that is missing or unknown and every other shape.
+        """
         own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         problems = [f"missing {name}" for name in own if name not in shapes]
         problems += [f"unknown {name}" for name in shapes if name not in own]
@@ -268,6 +276,10 @@ class VLBeit(nn.Module):
             raise InputError(f"{origin}: weights do not fit the model: {shown}")
 
     def load_tensors(self, tensors: dict[str, Tensor], origin: str) -> None:
-        """Copy tensors in, strictly: all names and shapes must agree, or InputError lists them."""
+        """Copy tensors in, strictly.
+
+        Raises:
+            InputError: a name or shape does not agree; all of them are listed.
+        """
         self.check_fit({name: tensor.shape for name, tensor in tensors.items()}, origin)
         self.load_state_dict(tensors)

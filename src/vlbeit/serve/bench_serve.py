@@ -96,14 +96,36 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="as for vlbeit serve")
-    parser.add_argument("--mode", choices=[m.name for m in MODES.values() if m.together])
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument(
+        "--mode",
+        choices=[m.name for m in MODES.values() if m.together],
+        help="what is asked; default: the first of these that the runs have",
+    )
+    parser.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=[1, 8, 64],
+        help="clients at a time, one load each (default: 1 8 64)",
+    )
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=ServeConfig().batch)
-    parser.add_argument("--batch-window", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=3, help="of all loads (default: 3)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=ServeConfig().batch,
+        help="of the batching server, as for vlbeit serve (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-window", type=float, default=0.0, help="its seconds, as for vlbeit serve"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch's; 0: as torch chooses")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     args = parser.parse_args(argv)
     for name, low in (("seconds", 0.1), ("batch", 2)):

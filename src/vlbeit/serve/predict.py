@@ -62,7 +62,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which patches --hide chooses")
     parser.add_argument("--top", type=int, default=5, help="candidates that are shown")
     parser.add_argument("--out", type=Path, help="PNG of the answer")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     args = parser.parse_args(argv)
     if all(getattr(args, name) is None for name in INPUTS):

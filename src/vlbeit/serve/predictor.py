@@ -210,6 +210,7 @@ class Predictor:
 
     @property
     def model(self) -> VLBeit:
+        """The network, in eval mode, on the run's device."""
         return self.run.model
 
     @property

@@ -48,7 +48,12 @@ def index(argv: list[str]) -> int:
     given.add_argument("--texts", help="a file with one text a line, or a prepared data folder")
     parser.add_argument("--split", default="val", choices=SPLITS, help="of a prepared folder")
     parser.add_argument("--out", required=True, type=Path, help="the new folder")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     args = parser.parse_args(argv)
     if args.out.exists():
         raise SaveError(f"{args.out}: exists already; choose another folder or remove it")
@@ -125,7 +130,12 @@ def search(argv: list[str]) -> int:
     )
     parser.add_argument("--run", help="the checkpoint that made the index, if it was moved")
     parser.add_argument("--out", type=Path, help="PNG of what was found")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON only")
     args = parser.parse_args(argv)
     if args.top < 1 or args.rerank < 0:

@@ -77,7 +77,12 @@ def parser_of_flags() -> argparse.ArgumentParser:
     parser.add_argument(
         "--allowed-host", action="append", default=[], help="a name clients use; may be repeated"
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch's; 0: as torch chooses")
     limits = parser.add_argument_group("limits (docs/serve.md)")
     for name, help in LIMITS.items():

@@ -120,7 +120,11 @@ class Index:
 
     @staticmethod
     def load(folder: Path | str) -> "Index":
-        """Raises InputError, naming file and member, where it is not what `save` wrote."""
+        """The index in a folder.
+
+        Raises:
+            InputError: it is not what `save` wrote; file and member are named.
+        """
         folder = Path(folder)
         file = folder / IDS
         try:

@@ -182,6 +182,7 @@ class VQKDTokenizer:
 
     @property
     def config(self) -> VisualTokenizerConfig:
+        """The settings it was built with."""
         return self._model.config
 
     def to(self, device: torch.device | str) -> "VQKDTokenizer":

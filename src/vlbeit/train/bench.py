@@ -6,9 +6,9 @@
     vlbeit bench plan   [--recipe base] --gpus N (--measured JSON | --peak-tflops P --share S)
     vlbeit bench growth [--plot PNG] [--json]
     vlbeit bench gpu    [--recipes small base] [--minutes 8] [--out FOLDER]
-    vlbeit bench serve RUN ...: see `vlbeit bench serve --help`
+    vlbeit bench serve RUN ... [--mode answer] [--clients 1 8 64] [--json]
 
-Every setting of a recipe can be given too, such as `--objective.mvlm joint`.
+Every setting of a recipe can be given to the first two, such as `--objective.mvlm joint`.
 """
 
 import argparse
@@ -34,9 +34,14 @@ from vlbeit.train.bench_plan import main as bench_plan
 from vlbeit.train.bench_step import BenchConfig, describe_step, measure_step
 from vlbeit.train.distributed import use_deterministic_kernels
 
+USAGE = (__doc__ or "").replace("\n\n    vlbeit", "\n\nusage:\n    vlbeit", 1).strip()
+
 
 def main(argv: list[str]) -> int:
     """Run one benchmark and print it, as text or as one JSON object."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"{USAGE}\n\n`vlbeit bench step --help` and so on list the flags of each.")
+        return 0
     others = {
         "serve": bench_serve, "plan": bench_plan, "growth": bench_growth, "gpu": bench_gpu,
     }  # fmt: skip
@@ -71,7 +76,12 @@ def parse(words: Sequence[str], command: str) -> BenchConfig:
         description="Any setting of the recipe may follow, such as --precision fp32.",
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", default="base", choices=list(PRETRAIN))
+    parser.add_argument(
+        "--recipe",
+        default="base",
+        choices=list(PRETRAIN),
+        help="whose model and batches (default: base)",
+    )
     parser.add_argument("--samples", type=int, help="of each stream in a step (default 4)")
     parser.add_argument(
         "--find-micro", action="store_true", help="try 1, 2, 4 ... samples and pick the best"

@@ -10,7 +10,8 @@ vlbeit demo --run-dir runs/demo --tasks segmentation    one more; what is done s
     pretrain/      the run folder, the visual tokenizer included
     tasks/vqa/     the run folder of a task; so for each
 
-It ends with the command that serves all of them on a page (`vlbeit serve`).
+It ends with the command that serves all of them on a page (`vlbeit serve`). On two CPU cores
+it takes about 20 minutes with VQA and retrieval (docs/results.md).
 
 The same command on the same folder goes on where it was stopped.
 """
@@ -87,11 +88,28 @@ def main(argv: list[str]) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=COUNT, help="scenes of each stream")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--precision", default="", choices=("fp32", "bf16"))
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder for all of it (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of scenes and training (default: 0)")
+    parser.add_argument(
+        "--count", type=int, default=COUNT, help="scenes of each stream (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
+    parser.add_argument(
+        "--precision",
+        default="",
+        choices=("fp32", "bf16"),
+        help="of the products (default: the recipe's, bf16)",
+    )
     parser.add_argument("--max-steps", type=int, help="stop pretraining and each task earlier")
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument(

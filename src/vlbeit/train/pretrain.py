@@ -6,7 +6,7 @@ from typing import Any
 
 from vlbeit.checkpoint import preprocessing
 from vlbeit.config import PretrainConfig
-from vlbeit.data.loader import build_loader, build_streams, open_streams
+from vlbeit.data.loader import build_loader, build_streams, check_fed, open_streams
 from vlbeit.data.probe import check_sources
 from vlbeit.data.records import RecordSource
 from vlbeit.data.streams import TextStream
@@ -62,6 +62,7 @@ def _pretrain(config: PretrainConfig, opened: Opened) -> Path:
 
     # ---- tokenizers and data
     sources = open_streams(config, "train")
+    check_fed(config, sources)
     world.on_main(lambda: check_sources(sources))
     paths = find_tokenizers(config, None if checkpoint is None else checkpoint.folder)
     if paths.missing():

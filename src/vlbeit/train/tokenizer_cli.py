@@ -93,9 +93,19 @@ def _train_text(words: list[str]) -> int:
     parser.add_argument("--data", nargs="+", default=[], help="prepared data folders")
     parser.add_argument("--lines", nargs="+", default=[], help="text files, one text a line")
     parser.add_argument("--out", required=True, help="folder for tokenizer.json")
-    parser.add_argument("--kind", choices=("unigram", "wordpiece"), default="unigram")
-    parser.add_argument("--vocab", type=int, default=TextTokenizerConfig().vocab)
-    parser.add_argument("--lowercase", action="store_true")
+    parser.add_argument(
+        "--kind",
+        choices=("unigram", "wordpiece"),
+        default="unigram",
+        help="unigram, as the paper (default); wordpiece, quicker to train",
+    )
+    parser.add_argument(
+        "--vocab",
+        type=int,
+        default=TextTokenizerConfig().vocab,
+        help="most pieces, special ones included (default: %(default)s)",
+    )
+    parser.add_argument("--lowercase", action="store_true", help="small letters only")
     given = parser.parse_args(words)
     if not given.data and not given.lines:
         raise ConfigError("tokenizer train-text: give --data or --lines")
@@ -139,7 +149,9 @@ def _encode(words: list[str]) -> int:
     parser.add_argument("visual", help="folder of a visual tokenizer")
     parser.add_argument("--data", nargs="+", required=True, help="prepared data folders")
     parser.add_argument("--out", required=True, help="folder for the codes; must not exist")
-    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="train", help="which records (default: train)"
+    )
     parser.add_argument(
         "--image-size",
         nargs=2,
@@ -148,8 +160,18 @@ def _encode(words: list[str]) -> int:
         help="of the run that will use them (model.image_size); default: the tokenizer's own",
     )
     parser.add_argument("--batch", type=int, default=64, help="pictures at a time")
-    parser.add_argument("--skip-budget", type=float, default=InputConfig().skip_budget)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--skip-budget",
+        type=float,
+        default=InputConfig().skip_budget,
+        help="largest share of pictures that may be unusable (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="auto: a GPU if there is one (default)",
+    )
     given = parser.parse_args(words)
     if given.batch < 1:
         raise ConfigError(f"tokenizer encode: --batch must be at least 1, found {given.batch}")
@@ -183,7 +205,7 @@ def _show(words: list[str]) -> int:
     parser.add_argument("--image", nargs="+", default=[], help="encode these pictures")
     parser.add_argument("--out", help="with --image: PNG of the pictures, their codes drawn below")
     parser.add_argument("--codes", help="PNG of every code, as the pixel decoder draws it")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
     given = parser.parse_args(words)
     path = Path(given.path)
     is_text = path.is_file() or (path / FILE_NAME).is_file()

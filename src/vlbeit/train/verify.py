@@ -212,7 +212,9 @@ def _readable(value: Any, depth: int = 0) -> list[str]:
 
 def _arguments(verb: str, does: str, argv: Sequence[str]) -> tuple[Path, bool]:
     parser = argparse.ArgumentParser(prog=f"vlbeit {verb}", description=does)
-    parser.add_argument("path", type=Path, metavar="PATH")
+    parser.add_argument(
+        "path", type=Path, metavar="PATH", help="a run folder, checkpoint, export or data folder"
+    )
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON")
     given = parser.parse_args(list(argv))
     return given.path, given.json

@@ -27,10 +27,16 @@ def add_verb(
         help="split of records whose file names none of these three")  # fmt: skip
     add("--val-fraction", type=float, default=0.0, metavar="X",
         help="share of records without a split that becomes val, drawn by content")  # fmt: skip
-    add("--per-shard", type=int, default=1000, metavar="N")
+    add("--per-shard", type=int, default=1000, metavar="N", help="records of a tar (1000)")
     add("--max-size", type=int, default=0, metavar="N",
         help="store larger images with a shorter side of N pixels")  # fmt: skip
-    add("--budget", type=float, default=0.01, metavar="X", help="largest share of bad records")
+    add(
+        "--budget",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="largest share of bad records (0.01); more: exit code 65",
+    )
     add("--workers", type=int, default=1, metavar="N", help="threads that open images")
     add("--allow-absolute", action="store_true", help="rows may name files anywhere")
     add("--eval-against", nargs="+", default=[], metavar="DIR",
@@ -54,5 +60,7 @@ def images_option(parser: argparse.ArgumentParser) -> None:
 
 def shard_options(parser: argparse.ArgumentParser) -> None:
     """For verbs that take tar shards as they are."""
-    parser.add_argument("--val-shards", nargs="+", default=[], metavar="PATTERN")
+    parser.add_argument(
+        "--val-shards", nargs="+", default=[], metavar="PATTERN", help="tars that are the val split"
+    )
     parser.add_argument("--copy", action="store_true", help="write new shards instead of naming")

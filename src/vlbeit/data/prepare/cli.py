@@ -78,9 +78,16 @@ def parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="NAME")
 
     scenes = verbs.add_parser("scenes", help="draw the small world of coloured shapes")
-    scenes.add_argument("--out", type=Path, required=True, metavar="DIR")
-    scenes.add_argument("--count", type=int, required=True, help="pairs to draw")
-    scenes.add_argument("--seed", type=int, default=0)
+    scenes.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write; must not exist"
+    )
+    scenes.add_argument(
+        "--count",
+        type=int,
+        required=True,
+        help="scenes of each stream of pretraining; three times as many for the tasks",
+    )
+    scenes.add_argument("--seed", type=int, default=0, help="another one: other scenes (0)")
     scenes.add_argument("--size", type=int, default=40, help="side of a picture in pixels")
 
     remote = verbs.add_parser("remote", help="a prepared folder at a URL: its shards are named")
@@ -97,14 +104,18 @@ def parser() -> Parser:
     pairs = add_verb(verbs, "pairs", "JSONL, CSV, TSV or JSON list of captions, or tar shards")
     pairs.add_argument("sources", nargs="+", metavar="SOURCE", help="table, or pattern of tars")
     images_option(pairs)
-    pairs.add_argument("--image-column", default="image", metavar="NAME")
-    pairs.add_argument("--caption-column", default="caption", metavar="NAME")
+    pairs.add_argument(
+        "--image-column", default="image", metavar="NAME", help="column of file names (image)"
+    )
+    pairs.add_argument(
+        "--caption-column", default="caption", metavar="NAME", help="column of texts (caption)"
+    )
     shard_options(pairs)
 
     text = add_verb(
         verbs, "text", ".txt or .jsonl files; X.train.txt and X.val.txt are splits of X"
     )
-    text.add_argument("sources", nargs="+", metavar="FILE")
+    text.add_argument("sources", nargs="+", metavar="FILE", help=".txt or .jsonl, a source each")
     text.add_argument(
         "--documents", choices=("lines", "paragraphs"), default="lines",
         help="one document a line, or separated by blank lines",
@@ -120,7 +131,10 @@ def parser() -> Parser:
     coco = add_verb(verbs, "coco", "COCO captions, official or with Karpathy's split")
     root_argument(coco)
     coco.add_argument("--karpathy", type=Path, metavar="FILE", help="dataset_coco.json")
-    coco.add_argument("--captions", type=Path, action="append", default=[], metavar="FILE")
+    coco.add_argument(
+        "--captions", type=Path, action="append", default=[], metavar="FILE",
+        help="captions_*.json, where it does not lie in annotations/",
+    )  # fmt: skip
     images_option(coco)
 
     flickr = add_verb(verbs, "flickr30k", "Flickr30k with Karpathy's split, or its own captions")

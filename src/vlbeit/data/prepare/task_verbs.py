@@ -58,11 +58,16 @@ def add_task_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         help="default: those of train and val that are there",
     )  # fmt: skip
     for kind in ("questions", "annotations"):
-        vqav2.add_argument(f"--{kind}", type=Path, nargs="+", default=[], metavar="FILE")
+        vqav2.add_argument(
+            f"--{kind}", type=Path, nargs="+", default=[], metavar="FILE",
+            help=f"files of {kind}, where they do not lie below FOLDER",
+        )  # fmt: skip
     vqav2.add_argument(
         "--trainval", action="store_true", help="train on val too, but for --val-images of it"
     )
-    vqav2.add_argument("--val-images", type=int, default=1000, metavar="N")
+    vqav2.add_argument(
+        "--val-images", type=int, default=1000, metavar="N", help="kept back by --trainval (1000)"
+    )
     _answers_options(vqav2, 9)
     images_option(vqav2)
 
@@ -72,7 +77,10 @@ def add_task_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
     for parser in (nlvr2, ade20k, snli_ve):
         root_argument(parser)
     for parser in (nlvr2, snli_ve):
-        parser.add_argument("--annotations", type=Path, nargs="+", default=[], metavar="FILE")
+        parser.add_argument(
+            "--annotations", type=Path, nargs="+", default=[], metavar="FILE",
+            help="files of rows, where they do not lie in FOLDER",
+        )  # fmt: skip
         images_option(parser)
 
     for name in TASK_VERBS:
@@ -86,7 +94,9 @@ def _rows(
     parser.add_argument("sources", nargs="+", metavar="FILE", help="JSONL, CSV, TSV or JSON list")
     images_option(parser)
     for column in columns:
-        parser.add_argument(f"--{column}-column", metavar="NAME")
+        parser.add_argument(
+            f"--{column}-column", metavar="NAME", help=f"what the rows call it, if not {column!r}"
+        )
     return parser
 
 
