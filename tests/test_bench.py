@@ -6,13 +6,20 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from tiny_models import masked_batch, tiny_config, tiny_model
 from vlbeit.cli import main
-from vlbeit.config import ObjectiveConfig, OptimConfig, PretrainConfig, TextTokenizerConfig
-from vlbeit.data.transforms import decode_image
+from vlbeit.config import (
+    CropConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PretrainConfig,
+    TextTokenizerConfig,
+)
+from vlbeit.data.transforms import augment, decode_image
 from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError
 from vlbeit.nn.flops import training_flops
@@ -20,7 +27,15 @@ from vlbeit.objectives import count_targets, score_batch
 from vlbeit.recipes import PRETRAIN
 from vlbeit.tokens.text import train_text_tokenizer
 from vlbeit.train.bench import parse
-from vlbeit.train.bench_data import generate, load_steps, photo, read_all, sentence
+from vlbeit.train.bench_data import (
+    Padding,
+    generate,
+    load_steps,
+    photo,
+    pillow_alone,
+    read_all,
+    sentence,
+)
 from vlbeit.train.bench_step import Step, random_batch
 from vlbeit.train.limit import matrix_limit
 from vlbeit.types import STREAMS
@@ -154,9 +169,25 @@ def test_every_stream_is_loaded_through_the_loader_of_a_run(tmp_path, monkeypatc
     }
     for stream in STREAMS:
         config = PRETRAIN["tiny"]()
-        load = load_steps(config, stream, streams, tokenizer, tmp_path, steps=2)
+        padding = Padding()
+        load = load_steps(config, stream, streams, tokenizer, tmp_path, 2, padding)
         assert load() == 8
         assert load() == 8
+        assert padding.tokens > 0
+        assert (padding.share > 0) == (stream == "pair")  # texts are packed into full chunks
+
+
+def test_what_is_compared_with_is_the_same_crop_by_pillow_alone():
+    """Otherwise the ratio between the two would say nothing."""
+    crop = CropConfig(jitter=0.0)
+    for number in range(6):
+        data = photo(Draws("compared", number))
+        theirs = np.asarray(pillow_alone(data, Draws(number), (64, 64), crop)).astype(int)
+        ours = augment(decode_image(data), Draws(number), (64, 64), crop).transpose(1, 2, 0)
+        # Pillow's box has half a support of context beyond its edge, the crop has not.
+        assert np.abs(ours - theirs)[2:-2, 2:-2].mean() < 0.5
+        other = np.asarray(pillow_alone(data, Draws(number + 50), (64, 64), crop)).astype(int)
+        assert np.abs(ours - other).mean() > 5
 
 
 # ------------------------------------------------------------------------ the peer hook

@@ -109,7 +109,7 @@ def test_every_step_has_one_row_with_the_promised_keys(ten: Path) -> None:
     for row in found:
         assert set(row) == {
             "step", "loss", "objectives", "lr", "grad_norm", "seconds", "waited",
-            "samples_per_second", "tokens_per_second", "limit_share", "memory_mb",
+            "samples_per_second", "tokens_per_second", "padding_share", "limit_share", "memory_mb",
             "activation_mb",
         }  # fmt: skip
         assert list(row["objectives"]) == list(OBJECTIVES)

@@ -115,6 +115,10 @@ class Batch:
         patches = 0 if self.patch_masked is None else self.patch_masked.shape[1] + 1
         return words + len(self) * patches
 
+    def padding(self) -> int:
+        """Places of texts that hold no token and are computed all the same."""
+        return 0 if self.word_valid is None else int((~self.word_valid).sum())
+
     def pick(self, places: list[int]) -> Batch:
         """The samples at the given places."""
         index = torch.tensor(places, dtype=torch.long)
@@ -183,6 +187,10 @@ class TaskBatch:
             return words
         images, _, height, width = self.pixels.shape[1:]
         return words + len(self) * images * (height * width // patch**2 + 1)
+
+    def padding(self) -> int:
+        """Places of texts that hold no token and are computed all the same."""
+        return 0 if self.word_valid is None else int((~self.word_valid).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

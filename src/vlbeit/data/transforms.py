@@ -376,11 +376,11 @@ def _random_crop(
     """(3, *size), contiguous."""
     if scale == (1.0, 1.0):
         return _resized(image, size)
-    top, left, rows, columns = _crop_box(image.shape[0], image.shape[1], draws, scale, ratio)
+    top, left, rows, columns = crop_box(image.shape[0], image.shape[1], draws, scale, ratio)
     return _resized(image[top : top + rows, left : left + columns], size)
 
 
-def _crop_box(
+def crop_box(
     height: int, width: int, draws: Draws, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
     """Top, left, rows and columns of a random part."""

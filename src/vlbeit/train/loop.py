@@ -45,6 +45,9 @@ class MicroBatch(Protocol):
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
 
+    def padding(self) -> int:
+        """Places that hold no token and are computed all the same."""
+
 
 B = TypeVar("B", bound=MicroBatch)
 T = TypeVar("T")
@@ -309,10 +312,11 @@ def metrics_row(
 ) -> dict[str, Any]:
     """One row of metrics.jsonl. `loss` is hexadecimal, so that equal rows mean equal bits.
 
-    Rates are of rank 0 times the ranks; `limit_share` is the step's useful FLOP/s over the
-    matrix products this process was measured to do at the start.
+    `padding_share` is that of rank 0. Rates are of rank 0 times the ranks; `limit_share` is the
+    step's useful FLOP/s over the matrix products this process was measured to do at the start.
     """
     learning = run.learning
+    padding = sum(batch.padding() for batch in batches)
     total = sum(learning.weights[name] * s["loss"] for name, s in sums.items())
     samples = sum(len(batch) for batch in batches)
     tokens = sum(learning.tokens(batch) for batch in batches)
@@ -329,6 +333,7 @@ def metrics_row(
         "waited": round(data.waited, 4),
         "samples_per_second": round(samples * run.world.size / took, 1),
         "tokens_per_second": round(tokens * run.world.size / took),
+        "padding_share": round(padding / (tokens + padding), 4),
         "limit_share": round(flops / took / run.matrix_limit, 4),
         "memory_mb": memory_mb(run.world.device),
     }
