@@ -321,7 +321,7 @@ def write_captioned(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", most_are_slow(("vqa", "fill", "text", "match"), "vqa"))
+@pytest.mark.parametrize("mode", most_are_slow(("vqa", "match"), "vqa"))
 def test_a_graph_costs_nothing_beside_itself_and_something_beside_another(
     mode, runs, asked, tmp_path
 ):
@@ -340,7 +340,7 @@ def test_a_graph_costs_nothing_beside_itself_and_something_beside_another(
     for row in nothing["figures"].values():
         assert row["int8"] == pytest.approx(row["float32"], abs=1e-6)
     assert nothing["figures"].keys() == something["figures"].keys()
-    if mode in ("text", "match"):  # shares of few samples may well be the same
+    if mode == "match":  # shares of few samples may well be the same
         assert nothing["figures"] != something["figures"]
 
 

@@ -35,7 +35,8 @@ GRAPHS = {
 }
 """The graphs that answer a mode of the server; its other modes draw, or have none."""
 
-pytestmark = pytest.mark.slow
+# Ten graphs are traced first: half a minute of a core, more where others want it too.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 class Exported:
