@@ -1,7 +1,9 @@
 """Laws of adding gradients: over micro-batches, parts and ranks."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 from rank_jobs import on_ranks
 from tiny_models import masked_batch, tiny_model
 from vlbeit.config import ObjectiveConfig
+from vlbeit.errors import ConfigError
 from vlbeit.objectives import score_batch
 from vlbeit.train import gradients
 from vlbeit.train.distributed import World
 from vlbeit.train.empty_batch import empty_batch, fill_gaps, layout_of
 from vlbeit.train.gradients import OrderedGradients, SummedGradients, buckets
+from vlbeit.train.loop import Learning
+from vlbeit.train.opening import check_exact, check_parts
 
 PARTS = 8
 STREAMS = ("image", "text", "pair")
@@ -193,3 +198,26 @@ def test_a_rank_without_a_sample_gets_an_empty_batch_where_another_has_one(tmp_p
     script = tmp_path / "gaps.py"
     script.write_text(GAPS)
     assert on_ranks(2, str(script)).count("> fine") == 2
+
+
+# ------------------------------------------------------------------- what cannot be bit-equal
+
+
+def test_exact_parts_are_shared_by_powers_of_two_and_others_are_named():
+    for ranks in (1, 2, 4, 8):
+        check_parts(8, ranks)
+    check_parts(0, 3)  # off
+    for ranks in (3, 6, 16):
+        with pytest.raises(ConfigError, match=f"by 1, 2, 4, 8 processes, found {ranks}"):
+            check_parts(8, ranks)
+
+
+def test_exact_is_refused_where_ranks_would_show_in_what_is_learned():
+    learning: Learning[Any] = Learning(
+        weights={}, score=dict, count=dict, prepare=dict, tokens=len, flops=len
+    )
+    check_exact(nn.Linear(2, 2), learning)
+    with pytest.raises(ConfigError, match="statistics of 1 are each process's own"):
+        check_exact(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), learning)
+    with pytest.raises(ConfigError, match="compares samples over all processes"):
+        check_exact(nn.Linear(2, 2), replace(learning, gathers=True))

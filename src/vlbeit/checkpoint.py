@@ -340,9 +340,10 @@ def copy_checkpoint(
 
 @contextmanager
 def folder_aside(folder: Path, needed: int) -> Iterator[Path]:
-    """An empty folder beside `folder` to be filled. When the block ends, everything in it is fsynced
-    and it takes the place of `folder`; when the block fails, it is removed and `folder` stays as it
-    was.
+    """An empty folder beside `folder` to be filled.
+
+    When the block ends, everything in it is fsynced and it takes the place of `folder`; when the
+    block fails, it is removed and `folder` stays as it was.
 
     Args:
         needed: bytes, for the message when there is no room.

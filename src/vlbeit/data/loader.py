@@ -391,7 +391,8 @@ class SkipBudget:
                 raise DataBudgetError(
                     f"source {key}: {bad} of {seen} samples were bad ({_most_frequent(reasons)}), "
                     f"a share of {bad / seen:.2%}; input.skip_budget allows {self._limit:.2%}. "
-                    "skips.jsonl names each; repair the source or raise the budget"
+                    "skips.jsonl names each; raise the budget to go on, or repair the source and "
+                    "begin anew with another run_dir"
                 )
 
     def state(self) -> dict[str, Any]:

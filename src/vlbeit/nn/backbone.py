@@ -60,9 +60,9 @@ class Backbone(nn.Module):
     def _biases(self, states: States) -> list[Tensor | None]:
         """What is added to the attention scores of each layer: padding, relative positions."""
         padding = None
-        # A graph that is exported cannot look at its input, and a GPU is not asked, since that would
-        # wait for it (`Batch.valid_words` has said so before): there padding is always added, which
-        # is 0 where every token is real.
+        # A graph that is exported cannot look at its input, and a GPU is not asked, since that
+        # would wait for it (`Batch.valid_words` has said so before): there padding is always added,
+        # which is 0 where every token is real.
         blind = torch.compiler.is_exporting() or (
             states.valid is not None and states.valid.device.type != "cpu"
         )

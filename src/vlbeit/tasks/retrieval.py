@@ -199,7 +199,7 @@ class Retrieval:
         )  # (B,)
         hard_image = draw_hard(found.image_logits, found.same, self._uniforms(batch, "hard image"))
         # Where all pairs are of one image there is nothing to tell apart: the true pair again.
-        own = torch.tensor(shares.places, device=pixels.device)
+        own = torch.tensor(shares.places, dtype=torch.int64, device=pixels.device)
         labels = torch.cat((torch.ones_like(own), (hard_image < 0).long(), (hard_text < 0).long()))
         hard_text = torch.where(hard_text < 0, own, hard_text)
         hard_image = torch.where(hard_image < 0, own, hard_image)

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,9 @@ from torch import Tensor
 import vlbeit.errors
 from vlbeit.errors import ConfigError, LostWorkerError, VLBeitError
 from vlbeit.train.runfolder import process_start
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 ORPHAN_GRACE = 6.0
 """Seconds a rank may still save after its launcher died; then it ends."""
@@ -274,7 +277,7 @@ def init_world(device: Literal["auto", "cpu", "cuda"], timeout: float) -> World:
     return replace(world, peers=peers)
 
 
-def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
+def fresh_store(rank: int, size: int, timeout: float) -> Store:
     """The launcher's store, under a name that only the ranks started together know.
 
     When torchrun starts the ranks again after one was lost, the store still holds where the ranks
@@ -285,8 +288,11 @@ def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
     Raises:
         RuntimeError: not all ranks came within `timeout` seconds.
     """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     limit = timedelta(seconds=timeout)
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=limit))
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=limit))
     own = uuid.uuid4().hex
     if rank == 0:
         answers = [f"{own}/{other}" for other in range(1, size)]
@@ -294,7 +300,7 @@ def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
         store.wait(answers, limit)
         words = [store.get(answer).decode() for answer in answers]
         store.set(f"{own}/words", json.dumps(words))
-        return torch.distributed.distributed_c10d.PrefixStore(own, store)
+        return PrefixStore(own, store)
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if store.check(["start"]):
@@ -302,7 +308,7 @@ def fresh_store(rank: int, size: int, timeout: float) -> dist.Store:
             store.set(f"{start}/{rank}", own)
             words_key = f"{start}/words"
             if store.check([words_key]) and own in json.loads(store.get(words_key)):
-                return torch.distributed.distributed_c10d.PrefixStore(start, store)
+                return PrefixStore(start, store)
         time.sleep(0.02)
     raise RuntimeError("rank 0 did not answer")
 

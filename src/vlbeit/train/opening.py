@@ -121,6 +121,7 @@ def open_run(config: RunConfig) -> Iterator[Opened]:
     """
     stop = StopSignal().install()
     world = init_world(config.device, config.runtime.step_timeout)
+    check_parts(config.runtime.exact, world.size)
     threads = set_threads(config.runtime.threads, world.local_size)
     use_deterministic_kernels()
     keep_freed_memory()
@@ -319,7 +320,7 @@ def learn(
     world, folder, checkpoint = opened.world, opened.folder, opened.checkpoint
     sharded = config.runtime.sharding == "full" and world.size > 1
     if config.runtime.exact:
-        check_exact(config, model, learning, world.size)
+        check_exact(model, learning)
     progress = Progress(step=0, cursors=loader.start_cursors())
     budget = SkipBudget(config.input.skip_budget)
 
@@ -476,17 +477,18 @@ def learn(
     return opened.run_dir
 
 
-def check_exact(
-    config: PretrainConfig | FinetuneConfig, model: nn.Module, learning: Learning[B], ranks: int
-) -> None:
-    """Raise ConfigError where another number of ranks would learn something else after all."""
-    if ranks > config.runtime.exact or ranks & (ranks - 1):
-        legal = [2**i for i in range(config.runtime.exact.bit_length())]
+def check_parts(parts: int, ranks: int) -> None:
+    """Raise ConfigError when so many ranks cannot share the parts of `runtime.exact`."""
+    if parts % ranks:
+        legal = ", ".join(str(2**i) for i in range(parts.bit_length()))
         raise ConfigError(
-            f"runtime.exact {config.runtime.exact} can be shared by "
-            f"{', '.join(map(str, legal))} processes, found {ranks}: start one of these, or set "
-            "it to 0"
+            f"runtime.exact {parts} can be shared by {legal} processes, found {ranks}: start so "
+            "many, or set it to 0"
         )
+
+
+def check_exact(model: nn.Module, learning: Learning[B]) -> None:
+    """Raise ConfigError where another number of ranks would learn something else after all."""
     if learning.gathers:
         raise ConfigError(
             "runtime.exact: this task compares samples over all processes, so what it learns "
