@@ -86,6 +86,8 @@ SMALLER: dict[tuple[str, ...], dict[str, str]] = {
     ("convert", "beitv2"): {"--heads": "2"},
     ("convert", "beit3"): {"--heads": "2"},
     ("convert", "vlmo"): {"--heads": "2", "--text-positions": "12"},
+    ("bench", "step"): {"--samples": "1", "--steps": "1", **MODEL, **PICTURES},
+    ("bench", "plan"): {},
     ("bench", "data"): {"--samples": "1", "--steps": "1", **MODEL, **PICTURES},
     ("bench", "serve"): {"--seconds": "0.3", "--clients": "1 2", "--rounds": "1"},
     ("bench",): {"--samples": "1", "--steps": "1", **MODEL, **PICTURES},

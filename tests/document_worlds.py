@@ -349,6 +349,7 @@ def prepare_images(out: str) -> None:
 SETUPS: dict[str, Callable[[Path], None]] = {
     "README.md": readme,
     "benchmarks/README.md": nothing,
+    "docs/performance.md": nothing,
     "docs/convert.md": convert,
     "docs/data.md": data,
     "docs/finetune.md": finetuned,

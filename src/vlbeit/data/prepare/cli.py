@@ -92,7 +92,9 @@ def parser() -> Parser:
 
     remote = verbs.add_parser("remote", help="a prepared folder at a URL: its shards are named")
     remote.add_argument("url", metavar="URL", help="https://, s3://, ...; shards are fetched later")
-    remote.add_argument("--out", type=Path, required=True, metavar="DIR")
+    remote.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="the folder that names them here"
+    )
 
     images = add_verb(verbs, "images", "folders, tar archives or JSONL rows of images")
     images.add_argument("sources", nargs="*", metavar="SOURCE", help="folder, .tar or .jsonl")
