@@ -77,6 +77,8 @@ SMALLER: dict[tuple[str, ...], dict[str, str]] = {
     },
     ("eval",): {"--samples": "16", "--device": "cpu"},
     ("report",): {"--samples": "16", "--device": "cpu"},
+    ("report", "runs/tiny", "runs/demo/pretrain"): {},
+    ("report", "runs/tiny-vqa", "runs/tiny-vqa-low-lr"): {},
     ("tokenizer", "train-visual"): {
         "--max-steps": "4", "--device": "cpu",
         **{f"--tokenizer.{name}": value for name, value in VISUAL.items()},
