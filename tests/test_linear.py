@@ -1,9 +1,12 @@
 """Laws of the matrix product with weights, nn/linear.py."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from tiny_models import masked_batch, tiny_model
 from vlbeit.config import ObjectiveConfig
@@ -140,3 +143,23 @@ def test_the_levers_of_a_bf16_step_leave_loss_and_gradients_as_plain_layers_give
     for name, gradient in found.items():
         distance = (gradient - plain[name]).norm() / plain[name].norm().clamp(min=1e-12)
         assert distance < 0.01, name
+
+
+@pytest.mark.parametrize("stream", ["image", "text", "pair"])
+def test_activations_computed_again_in_the_backward_pass_give_the_same_gradients(stream):
+    batch = masked_batch(stream, 4)
+
+    def gradients_with(again: bool, kept: bool) -> list[Tensor]:
+        model = tiny_model()
+        model.backbone.checkpoint_activations = again
+        with RoundedWeights() if kept else contextlib.nullcontext():
+            with linear.autocast(torch.device("cpu"), "bf16"):
+                scores = score_batch(model, batch, ObjectiveConfig())
+                loss = torch.stack([s.mean_loss() for s in scores.values()]).sum()
+            loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    for mine, other in zip(gradients_with(True, True), gradients_with(False, True), strict=True):
+        assert torch.equal(mine, other)
+    with pytest.raises(CheckpointError):  # the backward pass outside of it would round otherwise
+        gradients_with(True, False)

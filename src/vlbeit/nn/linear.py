@@ -62,7 +62,8 @@ class RoundedWeights:
 
     Ends with the block, or lives as long as the object where it is entered again and again. Inside
     another one it has no effect. A weight that does change inside is used as it was: an optimizer's
-    step belongs outside. Costs 2 bytes for each number of the weights that were used.
+    step belongs outside, and where activations are computed again in the backward pass, that
+    belongs inside. Costs 2 bytes for each number of the weights that were used.
     """
 
     def __init__(self) -> None:

@@ -172,14 +172,15 @@ def train(run: Run[B]) -> None:
                 scores = {name: Score.zero(world.device) for name in factors}
                 for batch in part:
                     batch = learning.prepare(batch)
-                    with (
-                        held.forward(batch.stream),
-                        autocast(world.device, config.precision),
-                        world.guard("a forward pass"),
-                    ):
-                        loss, found = run.learner(batch, factors)
-                    with world.guard("a backward pass"):
-                        loss.backward()
+                    with RoundedWeights():  # what is computed again in backward rounds them alike
+                        with (
+                            held.forward(batch.stream),
+                            autocast(world.device, config.precision),
+                            world.guard("a forward pass"),
+                        ):
+                            loss, found = run.learner(batch, factors)
+                        with world.guard("a backward pass"):
+                            loss.backward()
                     for name, score in found.items():
                         scores[name] = scores[name] + score.detach()
                 table[number] = table_of(scores)
