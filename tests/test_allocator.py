@@ -17,7 +17,8 @@ if "keep" in sys.argv:
     from vlbeit.allocator import keep_freed_memory
     print(keep_freed_memory())
 def step():
-    return [torch.ones(3_000_000) for _ in range(8)]  # 8 blocks of 12 MB
+    # 2 blocks of 40 MB: above 32 MB glibc never takes them from the heap by itself
+    return [torch.ones(10_000_000) for _ in range(2)]
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -45,11 +46,11 @@ def test_kept_memory_is_not_fetched_page_by_page_in_every_step():
     (given,) = faults()
     said, kept = faults("keep")
     assert said == "True"
-    assert int(kept) < 100 < 1_000 < int(given)
+    assert int(kept) < 100 < 5_000 < int(given)
 
 
 @pytest.mark.slow
 def test_an_allocator_that_the_environment_sets_is_left_alone():
     said, fetched = faults("keep", MALLOC_MMAP_THRESHOLD_="1048576")
     assert said == "False"
-    assert int(fetched) > 1_000
+    assert int(fetched) > 5_000

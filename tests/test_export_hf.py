@@ -354,12 +354,15 @@ def test_automodel_takes_text_or_image_and_nothing_unknown(exported: Path) -> No
 
 def test_the_image_processor_scales_and_squashes_as_evaluation_does(exported: Path) -> None:
     processor = transformers.AutoImageProcessor.from_pretrained(exported)
-    picture = np.random.default_rng(0).integers(0, 256, (47, 61, 3), dtype=np.uint8)
-    theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
-    model = VLBeit.from_pretrained(exported)
-    mine = torch.from_numpy(plain(picture, model.config.image_size)).float() / 127.5 - 1
-    assert theirs.shape == mine.shape
-    assert float((theirs - mine).abs().max()) <= CLOSE
+    size = VLBeit.from_pretrained(exported).config.image_size
+    # Pillow's kernel, which the processor squashes with, is one level off ours in a few places.
+    for given, most in ((size, CLOSE), ((47, 61), 1 / 127.5 + CLOSE)):
+        picture = np.random.default_rng(0).integers(0, 256, (*given, 3), dtype=np.uint8)
+        theirs = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0]
+        mine = torch.from_numpy(plain(picture, size)).float() / 127.5 - 1
+        assert theirs.shape == mine.shape
+        assert float((theirs - mine).abs().max()) <= most
+        assert float(((theirs - mine).abs() > CLOSE).float().mean()) < 0.02
 
 
 def test_without_transformers_only_the_module_that_needs_it_is_missing() -> None:
