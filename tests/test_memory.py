@@ -19,6 +19,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
 STEPS, SETTLED, WINDOW = 400, 200, 20
 
+# A run keeps freed memory (allocator.py): some 40 MB that a leak would fill unseen. With a
+# threshold in the environment it leaves the allocator alone, and resident memory is memory in use.
+GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072"}
+
 RUN = """
 import sys
 from pathlib import Path
@@ -40,7 +44,14 @@ sys.exit(main(["pretrain", "tiny", *sys.argv[2:]]))
 """
 
 
-def resident(data: Path, run_dir: Path, precision: str, steps: int, leak: int = 0) -> list[int]:
+def resident(
+    data: Path,
+    run_dir: Path,
+    precision: str,
+    steps: int,
+    leak: int = 0,
+    allocator: dict[str, str] = GIVES_BACK,
+) -> list[int]:
     """Pages in memory at each step of a run in a process of its own.
 
     Captions are cut at 8 tokens, so that all steps have one width: in `tiny` on scenes they have
@@ -59,6 +70,7 @@ def resident(data: Path, run_dir: Path, precision: str, steps: int, leak: int = 
             "PYTHONPATH": str(Path(vlbeit.__file__).parents[1]),
             "VLBEIT_CACHE": str(run_dir.parent / "cache"),
             "OMP_NUM_THREADS": "1",
+            **allocator,
         },
         capture_output=True,
         text=True,
@@ -74,12 +86,14 @@ def growth(pages: list[int]) -> float:
     return max(pages[-WINDOW:]) / max(pages[SETTLED - WINDOW : SETTLED]) - 1
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "allocator"), [("fp32", GIVES_BACK), ("bf16", GIVES_BACK), ("bf16", {})]
+)
 def test_resident_memory_grows_less_than_2_per_cent_after_step_200(
-    tmp_path: Path, precision: str
+    tmp_path: Path, precision: str, allocator: dict[str, str]
 ) -> None:
     data = write_toy_data(tmp_path / "data")
-    pages = resident(data, tmp_path / "run", precision, STEPS)
+    pages = resident(data, tmp_path / "run", precision, STEPS, allocator=allocator)
     assert growth(pages) < 0.02, (precision, pages[::50])
 
 
