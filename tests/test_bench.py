@@ -22,6 +22,7 @@ from vlbeit.config import (
 from vlbeit.data.transforms import augment, decode_image
 from vlbeit.draws import Draws
 from vlbeit.errors import ConfigError
+from vlbeit.nn import backbone
 from vlbeit.nn.flops import training_flops
 from vlbeit.objectives import count_targets, score_batch
 from vlbeit.recipes import PRETRAIN
@@ -242,24 +243,13 @@ def test_the_hook_gives_what_the_peer_benchmark_asks_for(hook):
         encode()
 
 
-def test_cutting_padding_changes_no_loss(hook, monkeypatch):
-    batch = shared_batch(WORK, lengths=[12, 7, 4])
-    cut = hook.make_bench(WORK, batch)["step"]
-    monkeypatch.setattr(hook, "MOST_PADDING", 1.0)
-    padded = hook.make_bench(WORK, batch)["step"]
-    assert len(cut.batches) > len(padded.batches) == 3
-    assert cut() == pytest.approx(padded(), rel=1e-5)
-
-
-def test_every_text_is_in_one_group_and_groups_hold_little_padding(hook):
-    for patches in (0, 17):
-        lengths = [19, 196, 44, 70, 171, 95, 145, 120, 120]
-        groups = hook.by_length(lengths, patches)
-        assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
-        for group in groups:
-            longest = max(lengths[i] + patches for i in group)
-            assert sum(lengths[i] + patches for i in group) >= 0.9 * longest * len(group)
-    assert hook.by_length([8] * 5, 0) == [[0, 1, 2, 3, 4]]
+def test_without_its_padding_a_step_has_the_same_loss(hook, monkeypatch):
+    batch = shared_batch(WORK, lengths=[12, 2, 4] * 22)
+    losses = []
+    for share in (0.08, 1.1):  # of padding, from which the real tokens are packed
+        monkeypatch.setattr(backbone, "PACKED_FROM", share)
+        losses.append(hook.make_bench(WORK, batch)["step"]())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_needed_work_is_counted_as_the_peer_benchmark_counts_it(shared_data, hook):

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlbeit.config import ObjectiveConfig
-from vlbeit.nn.backbone import ROWS_STEP, places_of
+from vlbeit.nn.backbone import places_of
 from vlbeit.nn.model import VLBeit
+from vlbeit.nn.packing import ROWS_STEP
 from vlbeit.types import Batch, Score, States
 
 OBJECTIVES = ("mlm", "mim", "mvlm_text", "mvlm_image")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlbeit.nn.linear import Linear
+from vlbeit.nn.packing import Packing
 
 
 def attend(qkv: Tensor, heads: int, bias: Tensor | None) -> Tensor:
@@ -141,5 +142,7 @@ class Attention(nn.Module):
         query, key, _ = split_heads(self.project(x), self.heads)
         return attention_weights(query, key, bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return attend(self.project(x), self.heads, bias)
+    def forward(self, x: Tensor, bias: Tensor | None, packing: Packing | None = None) -> Tensor:
+        """With a packing x is (T, D), the real tokens alone; what is returned is (B, L, D)."""
+        qkv = self.project(x)
+        return attend(qkv if packing is None else packing.unpack(qkv), self.heads, bias)

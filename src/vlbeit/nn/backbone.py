@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vlbeit.nn.mome import Block
+from vlbeit.nn.packing import ROWS_STEP, Packing
 from vlbeit.nn.positions import RelativeBias
 from vlbeit.types import Modality, Span, States
 
-ROWS_STEP = 64
-"""Picked rows are filled up to a multiple of this. Their number differs from step to step, and a
-matrix library that compiles a product for every shape it meets (bf16 on a CPU) would compile new
-ones for ever and keep them: memory grew by 40 % over 250 steps of `tiny`."""
+PACKED_FROM = 0.08
+"""Share of the tokens that packing must spare; less, and moving them costs what it saves
+(docs/notebook.md)."""
 
 
 class Backbone(nn.Module):
@@ -76,32 +76,52 @@ class Backbone(nn.Module):
             return list(relative)
         return [bias + padding for bias in relative]
 
+    def _packed(self, states: States) -> tuple[Tensor, Packing | None]:
+        """The tokens that the blocks work on: (B, L, D) as they are, or (T, D) without the padding,
+        where there is enough of it and the number of tokens may differ from step to step."""
+        valid = states.valid
+        open_shapes = not (self.blocks[0].static_shapes or torch.compiler.is_exporting())
+        if valid is None or valid.device.type != "cpu" or not open_shapes:
+            return states.x, None
+        packing = Packing.of(valid, states.route)
+        if len(packing.places) > (1 - PACKED_FROM) * valid.numel():
+            return states.x, None
+        return packing.pack(states.x), packing
+
     def _block(
-        self, block: nn.Module, x: Tensor, states: States, bias: Tensor | None, draws: Tensor | None
+        self,
+        block: nn.Module,
+        x: Tensor,
+        states: States,
+        bias: Tensor | None,
+        draws: Tensor | None,
+        packing: Packing | None,
     ) -> Tensor:
+        given = (x, states.route, bias, draws, packing)
         if self.checkpoint_activations and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, x, states.route, bias, draws, use_reentrant=False)
+            out: Tensor = checkpoint(block, *given, use_reentrant=False)
             return out
-        out = block(x, states.route, bias, draws)
+        out = block(*given)
         return out
 
     def forward(self, states: States) -> Tensor:
-        """(B, L, D), every token after the final norm."""
-        x = states.x
+        """(B, L, D), every token after the final norm; what padding gets means nothing."""
+        x, packing = self._packed(states)
         biases = self._biases(states)
         for layer, block in enumerate(self.blocks):
-            x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
+            x = self._block(block, x, states, biases[layer], layer_draws(states, layer), packing)
         out: Tensor = self.norm(x)
-        return out
+        return out if packing is None else packing.unpack(out)
 
     def taps(self, states: States, layers: Sequence[int]) -> list[Tensor]:
         """(B, L, D) after each of the named blocks (1 = the first), without the final norm."""
-        x, kept = states.x, {}
+        (x, packing), kept = self._packed(states), {}
         biases = self._biases(states)
         for layer, block in enumerate(self.blocks):
-            x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
+            x = self._block(block, x, states, biases[layer], layer_draws(states, layer), packing)
             kept[layer + 1] = x
-        return [kept[layer] for layer in layers]
+        wanted = [kept[layer] for layer in layers]
+        return wanted if packing is None else [packing.unpack(x) for x in wanted]
 
     def attention_weights(self, states: States) -> list[Tensor]:
         """(B, H, L, L) of every layer, the first first: what its attention mixes the values with.
@@ -113,7 +133,7 @@ class Backbone(nn.Module):
         biases = self._biases(states)
         for layer, block in enumerate(self.blocks):
             kept.append(block.attention.weights(block.norm1(x), biases[layer]))  # type: ignore[operator, union-attr]
-            x = self._block(block, x, states, biases[layer], layer_draws(states, layer))
+            x = self._block(block, x, states, biases[layer], layer_draws(states, layer), None)
         return kept
 
     def rows(self, states: States, wanted: Tensor, count: int | None = None) -> Tensor:
@@ -141,15 +161,15 @@ class Backbone(nn.Module):
     def _rows_at(self, states: States, places: Tensor, route: Sequence[Span]) -> Tensor:
         """(N, D), the tokens at the places (N,) of (B, L) after the final norm; `route` says which
         experts of the last block serve them."""
-        x = states.x
+        x, packing = self._packed(states)
         biases = self._biases(states)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             draws = layer_draws(states, layer)
             if layer == last:
-                x = block.rows(x, route, places, biases[layer], draws)  # type: ignore[operator]
+                x = block.rows(x, route, places, biases[layer], draws, packing)  # type: ignore[operator]
             else:
-                x = self._block(block, x, states, biases[layer], draws)
+                x = self._block(block, x, states, biases[layer], draws, packing)
         out: Tensor = self.norm(x)
         return out
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from vlbeit.nn.attention import Attention
 from vlbeit.nn.linear import Linear
+from vlbeit.nn.packing import Packing
 from vlbeit.types import Modality, Span
 
 
@@ -42,6 +43,9 @@ class Block(nn.Module):
     `static_shapes` it runs all and multiplies a dropped branch by 0: the same numbers up to
     rounding and more work, but no shape depends on the draws, which on a GPU would have to be
     waited for and could not be compiled.
+
+    With a packing x is (T, D), the real tokens alone, span by span: the same numbers, and only
+    attention sees the padding.
     """
 
     def __init__(
@@ -71,18 +75,34 @@ class Block(nn.Module):
             return (Span(Modality.FUSED, sum(span.length for span in route)),)
         return tuple(route)
 
-    def _attention_branch(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = self.attention.proj(self.attention(self.norm1(x), bias))
+    def _attention_branch(self, x: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
+        mixed = self.attention(self.norm1(x), bias, packing)
+        out: Tensor = self.attention.proj(mixed if packing is None else packing.pack(mixed))
         return out
 
-    def _expert_branch(self, x: Tensor, route: Sequence[Span]) -> Tensor:
+    def _expert_branch(self, x: Tensor, route: Sequence[Span], packing: Packing | None) -> Tensor:
         spans = self.spans(route)
         if len(spans) == 1:
             out: Tensor = self.experts[spans[0].modality.value](x)
             return out
-        pieces = x.split([span.length for span in spans], dim=1)
+        axis = 1 if packing is None else 0
+        counts = [span.length for span in spans] if packing is None else packing.counts
+        pieces = x.split(counts, dim=axis)
         served = [self.experts[s.modality.value](p) for s, p in zip(spans, pieces, strict=True)]
-        return torch.cat(served, dim=1)
+        return torch.cat(served, dim=axis)
+
+    def _kept(
+        self, keep: Tensor, packing: Packing | None
+    ) -> tuple[Tensor, Packing | None, Tensor | float]:
+        """The rows of the kept samples, their packing, and what their branch is multiplied by.
+
+        Shapes: keep (B,) bool; return rows (K,) into the first axis of x, a factor or one a row.
+        """
+        scale = 1 / (1 - self.drop_rate)
+        if packing is None:
+            return keep.nonzero().squeeze(1), None, scale
+        rows, packing = packing.of_samples(keep)
+        return rows, packing, packing.real[:, None] * scale
 
     def forward(
         self,
@@ -90,25 +110,26 @@ class Block(nn.Module):
         route: Sequence[Span],
         bias: Tensor | None = None,
         draws: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """Shapes: x (B, L, D), bias broadcastable to (B, H, L, L), draws (B, 2) or None."""
+        """Shapes: x and the result (B, L, D), or (T, D) with a packing; bias broadcastable to
+        (B, H, L, L), draws (B, 2) or None."""
         if draws is None or self.drop_rate == 0:
-            x = residual(x, self._attention_branch(x, bias), self.gamma_1)
-            return residual(x, self._expert_branch(x, route), self.gamma_2)
+            x = residual(x, self._attention_branch(x, bias, packing), self.gamma_1)
+            return residual(x, self._expert_branch(x, route, packing), self.gamma_2)
         if self.static_shapes:
             scale_1, scale_2 = kept(draws, self.drop_rate).to(x.dtype)[..., None, None].unbind(1)
-            x = residual(x, self._attention_branch(x, bias) * scale_1, self.gamma_1)
-            return residual(x, self._expert_branch(x, route) * scale_2, self.gamma_2)
-        keep = draws >= self.drop_rate  # (B, 2)
-        scale = 1 / (1 - self.drop_rate)
-        rows = keep[:, 0].nonzero().squeeze(1)
-        if len(rows):
-            part = bias[rows] if bias is not None and bias.shape[0] > 1 else bias
-            branch = self._attention_branch(x[rows], part) * scale
+            x = residual(x, self._attention_branch(x, bias, None) * scale_1, self.gamma_1)
+            return residual(x, self._expert_branch(x, route, None) * scale_2, self.gamma_2)
+        keep_1, keep_2 = (draws >= self.drop_rate).unbind(1)
+        if keep_1.any():
+            rows, packed, scale = self._kept(keep_1, packing)
+            part = bias[keep_1] if bias is not None and bias.shape[0] > 1 else bias
+            branch = self._attention_branch(x[rows], part, packed) * scale
             x = add_rows(x, rows, branch, self.gamma_1)
-        rows = keep[:, 1].nonzero().squeeze(1)
-        if len(rows):
-            branch = self._expert_branch(x[rows], route) * scale
+        if keep_2.any():
+            rows, packed, scale = self._kept(keep_2, packing)
+            branch = self._expert_branch(x[rows], route, packed) * scale
             x = add_rows(x, rows, branch, self.gamma_2)
         return x
 
@@ -119,6 +140,7 @@ class Block(nn.Module):
         places: Tensor,
         bias: Tensor | None = None,
         draws: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
         """The block's output at some tokens only.
 
@@ -127,13 +149,15 @@ class Block(nn.Module):
 
         Shapes: places (N,) int64, row-major indices into (B, L); return (N, D).
         """
-        length = x.shape[1]
-        mixed = self.attention(self.norm1(x), bias).flatten(0, 1)[places]  # (N, D)
+        mixed = self.attention(self.norm1(x), bias, packing)  # (B, L, D)
+        length = mixed.shape[1]
+        mixed = mixed.flatten(0, 1)[places]  # (N, D)
+        x = x.flatten(0, 1)[places] if packing is None else x[packing.rows_of(places)]
         branch = self.attention.proj(mixed)
         sample = places // length if draws is not None and self.drop_rate else None
         if sample is not None and draws is not None:
             branch = branch * kept(draws[:, 0], self.drop_rate)[sample, None].to(branch.dtype)
-        picked = residual(x.flatten(0, 1)[places], branch, self.gamma_1)
+        picked = residual(x, branch, self.gamma_1)
         branch = self._expert_rows(picked, route, places % length)
         if sample is not None and draws is not None:
             branch = branch * kept(draws[:, 1], self.drop_rate)[sample, None].to(branch.dtype)
