@@ -57,7 +57,8 @@ class ProductAttention(torch.autograd.Function):
         scale = 1 / math.sqrt(depth)
         scores = torch.baddbmm(parts.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
         if bias is not None:
-            scores.view(batch, heads, length, length).add_(bias)
+            # Rounded first: an addition in two dtypes would copy the scores there and back.
+            scores.view(batch, heads, length, length).add_(bias.to(scores.dtype))
         weights = scores.softmax(dim=-1)
         ctx.save_for_backward(parts, weights)
         ctx.scale, ctx.bias = scale, None if bias is None else (bias.shape, bias.dtype)
@@ -142,7 +143,11 @@ class Attention(nn.Module):
         query, key, _ = split_heads(self.project(x), self.heads)
         return attention_weights(query, key, bias)
 
-    def forward(self, x: Tensor, bias: Tensor | None, packing: Packing | None = None) -> Tensor:
-        """With a packing x is (T, D), the real tokens alone; what is returned is (B, L, D)."""
-        qkv = self.project(x)
-        return attend(qkv if packing is None else packing.unpack(qkv), self.heads, bias)
+    def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return attend(self.project(x), self.heads, bias)
+
+    def packed(self, x: Tensor, bias: Tensor | None, packing: Packing) -> list[Tensor]:
+        """Of real tokens x (T, D) alone: (samples, length, D) of each group of the packing."""
+        parts = packing.to_groups(self.project(x))
+        biases: list[Tensor | None] = [group.hidden for group in packing.groups] or [bias]
+        return [attend(part, self.heads, b) for part, b in zip(parts, biases, strict=True)]

@@ -57,9 +57,12 @@ class Backbone(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.relative_bias = relative_bias
 
-    def _biases(self, states: States) -> list[Tensor | None]:
-        """What is added to the attention scores of each layer: padding, relative positions."""
+    def _biases(self, states: States, packing: Packing | None = None) -> list[Tensor | None]:
+        """What is added to the attention scores of each layer: padding, relative positions. A
+        packing in groups knows its padding."""
         padding = None
+        if packing is not None and packing.groups:
+            return [None] * len(self.blocks)
         # A graph that is exported cannot look at its input, and a GPU is not asked, since that
         # would wait for it (`Batch.valid_words` has said so before): there padding is always added,
         # which is 0 where every token is real.
@@ -83,7 +86,7 @@ class Backbone(nn.Module):
         open_shapes = not (self.blocks[0].static_shapes or torch.compiler.is_exporting())
         if valid is None or valid.device.type != "cpu" or not open_shapes:
             return states.x, None
-        packing = Packing.of(valid, states.route)
+        packing = Packing.of(valid, states.route, grouped=self.relative_bias is None)
         if len(packing.places) > (1 - PACKED_FROM) * valid.numel():
             return states.x, None
         return packing.pack(states.x), packing
@@ -107,7 +110,7 @@ class Backbone(nn.Module):
     def forward(self, states: States) -> Tensor:
         """(B, L, D), every token after the final norm; what padding gets means nothing."""
         x, packing = self._packed(states)
-        biases = self._biases(states)
+        biases = self._biases(states, packing)
         for layer, block in enumerate(self.blocks):
             x = self._block(block, x, states, biases[layer], layer_draws(states, layer), packing)
         out: Tensor = self.norm(x)
@@ -116,7 +119,7 @@ class Backbone(nn.Module):
     def taps(self, states: States, layers: Sequence[int]) -> list[Tensor]:
         """(B, L, D) after each of the named blocks (1 = the first), without the final norm."""
         (x, packing), kept = self._packed(states), {}
-        biases = self._biases(states)
+        biases = self._biases(states, packing)
         for layer, block in enumerate(self.blocks):
             x = self._block(block, x, states, biases[layer], layer_draws(states, layer), packing)
             kept[layer + 1] = x
@@ -162,7 +165,7 @@ class Backbone(nn.Module):
         """(N, D), the tokens at the places (N,) of (B, L) after the final norm; `route` says which
         experts of the last block serve them."""
         x, packing = self._packed(states)
-        biases = self._biases(states)
+        biases = self._biases(states, packing)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             draws = layer_draws(states, layer)

@@ -76,8 +76,11 @@ class Block(nn.Module):
         return tuple(route)
 
     def _attention_branch(self, x: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
-        mixed = self.attention(self.norm1(x), bias, packing)
-        out: Tensor = self.attention.proj(mixed if packing is None else packing.pack(mixed))
+        if packing is None:
+            mixed = self.attention(self.norm1(x), bias)
+        else:
+            mixed = packing.from_groups(self.attention.packed(self.norm1(x), bias, packing))
+        out: Tensor = self.attention.proj(mixed)
         return out
 
     def _expert_branch(self, x: Tensor, route: Sequence[Span], packing: Packing | None) -> Tensor:
@@ -149,10 +152,15 @@ class Block(nn.Module):
 
         Shapes: places (N,) int64, row-major indices into (B, L); return (N, D).
         """
-        mixed = self.attention(self.norm1(x), bias, packing)  # (B, L, D)
-        length = mixed.shape[1]
-        mixed = mixed.flatten(0, 1)[places]  # (N, D)
-        x = x.flatten(0, 1)[places] if packing is None else x[packing.rows_of(places)]
+        if packing is None:
+            length = x.shape[1]
+            mixed = self.attention(self.norm1(x), bias).flatten(0, 1)[places]  # (N, D)
+            x = x.flatten(0, 1)[places]
+        else:
+            length = packing.valid.shape[1]
+            here = packing.rows_of(places)
+            mixed = packing.from_groups(self.attention.packed(self.norm1(x), bias, packing), here)
+            x = x[here]
         branch = self.attention.proj(mixed)
         sample = places // length if draws is not None and self.drop_rate else None
         if sample is not None and draws is not None:
