@@ -12,7 +12,7 @@ from vlbeit.nn.packing import ROWS_STEP, Packing
 from vlbeit.nn.positions import RelativeBias
 from vlbeit.types import Modality, Span, States
 
-PACKED_FROM = 0.08
+PACKED_FROM = 0.15
 """Share of the tokens that packing must spare; less, and moving them costs what it saves
 (docs/notebook.md)."""
 

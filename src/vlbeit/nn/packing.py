@@ -14,8 +14,8 @@ ROWS_STEP = 64
 that compiles a product for every shape it meets (bf16 on a CPU) would compile new ones for ever and
 keep them: memory grew by 40 % over 250 steps of `tiny`."""
 
-GROUPS, LENGTH_STEP = 8, 16
-"""Attention takes samples of like length together, an eighth of them at a time, with lengths filled
+GROUPS, LENGTH_STEP = 4, 16
+"""Attention takes samples of like length together, a quarter of them at a time, with lengths filled
 up to a multiple of 16: little padding, and few shapes, for the reason above."""
 
 
@@ -90,14 +90,14 @@ class Packing:
     def unpack(self, x: Tensor) -> Tensor:
         """(T, C) -> (B, L, C), zeros where there is no token."""
         spread = spread_out(x, self.places, self.valid.numel())
-        return spread.view(*self.valid.shape, x.shape[1])
+        return spread[:-1].view(*self.valid.shape, x.shape[1])
 
     def to_groups(self, x: Tensor) -> list[Tensor]:
         """(T, C) -> (samples, length, C) of each group, zeros at padding."""
         if not self.groups:
             return [self.unpack(x)]
         sizes = [group.samples * group.length for group in self.groups]
-        parts = spread_out(x, self.slots, sum(sizes)).split(sizes)
+        *parts, _ = spread_out(x, self.slots, sum(sizes)).split([*sizes, 1])
         return [
             part.view(group.samples, group.length, -1)
             for part, group in zip(parts, self.groups, strict=True)
@@ -137,9 +137,9 @@ def filled_up(places: Tensor, value: int) -> Tensor:
 
 
 def spread_out(x: Tensor, places: Tensor, count: int) -> Tensor:
-    """(T, C) at places (T,) -> (count, C), zeros where there is none; what stands at `count` is
-    left out."""
-    return x.new_zeros(count + 1, x.shape[1]).index_copy(0, places, x)[:count]
+    """(T, C) at places (T,) -> (count + 1, C), zeros where there is none; the last row is of what
+    fills up."""
+    return x.new_zeros(count + 1, x.shape[1]).index_copy_(0, places, x)
 
 
 def in_groups(valid: Tensor) -> tuple[Tensor, tuple[Group, ...]]:
