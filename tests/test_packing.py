@@ -9,7 +9,7 @@ from torch import Tensor
 from vlbeit.config import ModelConfig
 from vlbeit.nn import backbone
 from vlbeit.nn.model import VLBeit
-from vlbeit.nn.packing import ROWS_STEP, Packing
+from vlbeit.nn.packing import LENGTH_STEP, ROWS_STEP, Packing
 from vlbeit.types import Modality, Span, States
 
 LENGTHS = (12, 3, 7, 2, 9)
@@ -153,6 +153,23 @@ def test_each_real_token_stands_once_on_the_axis_span_by_span() -> None:
     assert torch.equal(there_and_back[:, :12][~text], torch.zeros(int((~text).sum()), 4))
     wanted = packing.places[packing.real]
     assert torch.equal(packing.places[packing.rows_of(wanted)], wanted)
+
+
+def test_attention_meets_few_shapes_and_every_token_once() -> None:
+    """Whatever the lengths: quarters of the batch, lengths in steps, little padding."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(2, 197, (64,), generator=generator)
+        valid = torch.arange(196) < lengths[:, None]
+        packing = Packing.of(valid, (Span(Modality.TEXT, 196),))
+        assert [group.samples for group in packing.groups] == [16] * 4
+        assert all(group.length % LENGTH_STEP == 0 for group in packing.groups)
+        held = sum(group.samples * group.length for group in packing.groups)
+        slots = packing.slots[packing.real]
+        assert len(slots.unique()) == len(slots) == int(lengths.sum())
+        assert int(slots.max()) < held < 0.75 * valid.numel()
+        seen = torch.cat([(group.hidden == 0).flatten() for group in packing.groups])
+        assert torch.equal(seen.nonzero().squeeze(1), slots.sort().values)
 
 
 def test_what_fills_up_the_axis_gets_no_gradient() -> None:
