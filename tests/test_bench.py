@@ -252,6 +252,24 @@ def test_without_its_padding_a_step_has_the_same_loss(hook, monkeypatch):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_memory_of_a_peer_is_what_its_forward_pass_keeps(hook, request):
+    spec = importlib.util.spec_from_file_location(
+        "peer_memory", request.config.rootpath / "benchmarks" / "peer_memory.py"
+    )
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    net = torch.nn.Linear(1, 1_000_000)
+
+    def losses(batch):
+        return net(batch).exp().sin().sum()  # exp keeps its result, sin what it was given: the same
+
+    peer = SimpleNamespace(net=net, losses=losses)
+    mb = memory.of_peer(peer, SimpleNamespace(dtype="fp32"), torch.ones(2, 1))
+    assert mb == pytest.approx(2 * 4_000_000 / 2**20, rel=0.02)
+    ours = memory.of_ours(WORK, shared_batch(WORK, lengths=[12, 7, 4]))
+    assert set(ours) == set(STREAMS) and min(ours.values()) > 0
+
+
 def test_needed_work_is_counted_as_the_peer_benchmark_counts_it(shared_data, hook):
     """The same number, derived from its tensors by us and from its sizes by the benchmark."""
     path = shared_data.parent / "bench" / "peers.py"
