@@ -6,11 +6,11 @@ evaluated, so neither the data nor the checkpoints need be there any more.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +20,12 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.curves import Line, line_chart
 from vlbeit.eval.report_html import key, page, paragraph, percent, section, table, with_interval
 from vlbeit.eval.report_tokenizer import is_tokenizer_run
-from vlbeit.eval.report_training import OBJECTIVE_NAMES, duration, number, trained_seconds
+from vlbeit.eval.report_training import OBJECTIVE_NAMES, SPEED_CAPTION, number, speed_rows
 from vlbeit.eval.run_rows import EVALUATION, read_rows
 from vlbeit.jsonfile import read_json
 
 MOST_RUNS = 8
 """As many colours as can be told apart."""
-Of: TypeAlias = Callable[["ComparedRun"], float | None]
-"""A number of a run; None where its log does not have it."""
 LAST_ROWS = 20
 """Rows of the log that the end of training is."""
 MISSING = "\u2014"
@@ -374,45 +372,19 @@ def chart(name: str, title: str, lines: Sequence[Line], last: float, *, shares: 
 
 def speed_table(runs: Sequence[ComparedRun]) -> str:
     """How fast the steps were and on what."""
-
-    def median(name: str) -> Of:
-        def of(run: ComparedRun) -> float | None:
-            values = [float(row[name]) for row in run.metrics if row.get(name) is not None]
-            return float(np.median(values)) if values else None
-
-        return of
-
-    def waited(run: ComparedRun) -> float | None:
-        total = trained_seconds(run.metrics)
-        return sum(float(r.get("waited", 0.0)) for r in run.metrics) / total if total else None
-
-    def memory(run: ComparedRun) -> float | None:
-        return max((float(r["memory_mb"]) for r in run.metrics if "memory_mb" in r), default=None)
-
-    figures: tuple[tuple[str, Of, Callable[[float], str]], ...] = (
-        ("samples a second", median("samples_per_second"), "{:,.1f}".format),
-        ("tokens a second", median("tokens_per_second"), "{:,.0f}".format),
-        ("seconds a step", median("seconds"), "{:.3f}".format),
-        ("share of the machine's matrix limit", median("limit_share"), percent),
-        ("share of the time waiting for data", waited, percent),
-        ("most memory (MB)", memory, "{:,.0f}".format),
-        ("time of all logged steps", lambda run: trained_seconds(run.metrics), duration),
-    )
-    rows = [row_of("steps logged", [f"{len(run.metrics):,}" for run in runs])]
-    for name, of, shown in figures:
-        values = [of(run) for run in runs]
-        rows.append(row_of(name, [None if v is None else escape(shown(v)) for v in values]))
+    found = [speed_rows(run.metrics) for run in runs]
+    rows = [row_of(name, [one[name] for one in found]) for name in found[0]]
     for name in MACHINE:
-        found = [run.environment.get(name) for run in runs]
-        if any(value is not None for value in found):
+        told = [run.environment.get(name) for run in runs]
+        if any(value is not None for value in told):
             rows.append(
                 row_of(
                     name.replace("_", " "),
-                    [None if v is None else wrapped(str(v)) for v in found],
+                    [None if v is None else wrapped(str(v)) for v in told],
                 )
             )
     return table(
-        "Medians over all logged steps. On a machine that others used too they say little.",
+        SPEED_CAPTION,
         ("", *(run.name for run in runs)),
         rows,
     )
