@@ -757,6 +757,7 @@ def demo_scenes(count: int) -> list[Shown]:
                 asked = scene.questions[0]
                 found.append(Shown(scene.image, caption, named[0], asked.text, asked.answer))
                 break
+    assert len(found) >= count
     return found[:count]
 
 
@@ -824,7 +825,11 @@ def take(visit: Visit, scene: Shown, name: str) -> None:
         "(name) => document.querySelector('.given .preview').alt === name", arg=name
     )
     visit.page.locator("#caption").fill(scene.caption)
-    visit.page.get_by_role("button", name=scene.colour, exact=True).wait_for()
+    # All of its words, as the caption before may have had the same colour.
+    visit.page.wait_for_function(
+        """(text) => document.querySelector("#panel-fill_words .chips").textContent === text""",
+        arg=scene.caption.replace(" ", ""),
+    )
 
 
 def mean_picture(scenes: Iterable[Any]) -> np.ndarray:
