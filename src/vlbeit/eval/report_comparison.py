@@ -1,4 +1,5 @@
-"""Several runs of one kind side by side, as one page: figures, curves, speed, settings that differ.
+"""Runs of one kind side by side, as one page: figures, curves, speed, settings that differ; of a
+single fine-tuned run the same with all of its settings.
 
 All of it comes from the run folders' own files (config.json, metrics.jsonl, eval.jsonl, env.json
 and, where it is there, what `vlbeit eval RUN --out RUN/evaluation.json` wrote). Nothing is
@@ -61,7 +62,7 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page.
 
     Args:
-        folders: run folders, two to eight, of pretraining or of one task.
+        folders: run folders, one to eight, of pretraining or of one task.
         out: the page; None: comparison.html beside the first run.
 
     Raises:
@@ -72,12 +73,16 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     runs = read_runs(folders)
     out = out or folders[0].absolute().parent / "comparison.html"
     names = [run.name for run in runs]
+    if len(runs) == 1:
+        settings = section("Settings", all_settings(runs[0]))
+    else:
+        settings = section("Settings that differ", *settings_tables(runs))
     parts = [
         header_part(runs),
         section("Figures", *figure_tables(runs)),
         *curves_part(runs),
         section("Speed", speed_table(runs)),
-        section("Settings that differ", *settings_tables(runs)),
+        settings,
         footer(),
     ]
     write_atomic(out, page(" / ".join(names), parts).encode())
@@ -125,7 +130,7 @@ def read_run(folder: Path, name: str) -> ComparedRun:
     metrics = read_rows(folder / "metrics.jsonl")
     if not metrics:
         raise InputError(
-            f"{folder}: nothing to compare: its metrics.jsonl is missing or has no whole row yet"
+            f"{folder}: nothing to show: its metrics.jsonl is missing or has no whole row yet"
         )
     config = read_json(folder / "config.json")
     evals = {row["step"]: row for row in read_rows(folder / "eval.jsonl")}
@@ -164,14 +169,18 @@ def short_names(places: Sequence[Path]) -> list[str]:
 def header_part(runs: Sequence[ComparedRun]) -> str:
     kind = runs[0].kind if runs[0].kind == PRETRAINING else f"fine-tuning ({runs[0].kind})"
     steps = ", ".join(f"{run.name} {run.step:,}" for run in runs)
+    title = f"{len(runs)} runs side by side"
     text = (
         f"Runs of {kind}, from their own logs. Steps logged: {steps}. A difference between two "
         "runs holds for their seeds; with one seed each it may be chance."
     )
+    if len(runs) == 1:
+        title = runs[0].name
+        text = f"A run of {kind}, from its own log. Steps logged: {runs[0].step:,}."
     return "\n".join(
         [
             "<header>",
-            f"<h1>{len(runs)} runs side by side</h1>",
+            f"<h1>{escape(title)}</h1>",
             paragraph(text, "soft"),
             legend(runs),
             "</header>",
@@ -218,9 +227,7 @@ def figure_tables(runs: Sequence[ComparedRun]) -> list[str]:
         )
     else:
         parts.append(
-            paragraph(
-                "None of the runs looked at held-out samples while it trained (log.eval_every 0)."
-            )
+            paragraph("No run here looked at held-out samples while it trained (log.eval_every 0).")
         )
     evaluations = [evaluated(run.evaluation) for run in runs]
     if any(evaluations):
@@ -241,7 +248,7 @@ def figure_tables(runs: Sequence[ComparedRun]) -> list[str]:
         parts.append(
             paragraph(
                 "For figures of all held-out samples with intervals: "
-                f"`vlbeit eval RUN --out RUN/{EVALUATION}` for each run, then this command again."
+                f"`vlbeit eval RUN --out RUN/{EVALUATION}` of each run, then this command again."
             )
         )
     return parts
@@ -418,6 +425,15 @@ def settings_tables(runs: Sequence[ComparedRun]) -> list[str]:
         elif names:
             parts.append(paragraph(f"All {len(names)} {what} are the same."))
     return parts
+
+
+def all_settings(run: ComparedRun) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in run.environment.get("versions", {}).items() if v)
+    said = paragraph(f"Packages: {versions}.", "soft") if versions else ""
+    config = escape(json.dumps(run.config, indent=2))
+    return (
+        f"{said}<details><summary>Every setting of the run</summary><pre>{config}</pre></details>"
+    )
 
 
 def differing(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
