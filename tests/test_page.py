@@ -30,7 +30,6 @@ from tiny_tasks import write_tasks as write_other_tasks
 from toy_tasks import write_tasks
 from untrained_run import noise, png, retrieval, untrained
 from vlbeit.config import ServeConfig
-from vlbeit.data.scene_world import COLOURS
 from vlbeit.data.scenes import draw_scene
 from vlbeit.eval.fill import hidden_pixels
 from vlbeit.serve.app import App
@@ -748,15 +747,14 @@ def colour_scenes(count: int) -> list[Shown]:
 
 
 def demo_scenes(count: int) -> list[Shown]:
-    """Of the demo's own world, those with a caption that names one colour once."""
+    """Of the demo's own world, those with one group of figures, so that one colour is right."""
+    scenes = (draw_scene(seed=0, split="val", index=i) for i in range(4 * count))
     found = []
-    for scene in (draw_scene(seed=0, split="val", index=i) for i in range(8 * count)):
-        for caption in scene.captions:
-            named = [word for word in re.findall(r"\w+", caption) if word in COLOURS]
-            if len(named) == 1:
-                asked = scene.questions[0]
-                found.append(Shown(scene.image, caption, named[0], asked.text, asked.answer))
-                break
+    for number, scene in enumerate(one for one in scenes if len(one.groups) == 1):
+        caption = scene.captions[number % len(scene.captions)]
+        asked = scene.questions[number % len(scene.questions)]
+        colour = scene.groups[0].colour
+        found.append(Shown(scene.image, caption, colour, asked.text, asked.answer))
     assert len(found) >= count
     return found[:count]
 
@@ -865,8 +863,7 @@ def test_on_the_demos_own_checkpoint_the_same_comes_back(browser):
         scenes = demo_scenes(24)
         trained_on = (draw_scene(seed=0, split="train", index=i) for i in range(200))
         played = play(visit, scenes, mean_picture(trained_on))
-        # Of 60 scenes the demo of the notebook named 60 colours and answered 94 % of its questions.
-        assert played.right >= 23 and played.answered >= 19, played
+        assert played.right == len(scenes) and played.answered >= 20, played
         assert played.alone_right < len(scenes) / 2, played
         assert played.filled_error < 0.5 * played.mean_error, played
         assert visit.errors == [] and visit.outside == []
