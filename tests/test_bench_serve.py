@@ -75,7 +75,7 @@ def test_the_table_and_the_json_say_the_same(monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_server_that_does_not_start_is_told(tmp_path):
     args = argparse.Namespace(
-        runs=[str(tmp_path)], batch=4, batch_window=0.0, threads=1, device="cpu"
+        runs=[str(tmp_path)], batch=4, batch_window=0.0, deadline=9.0, threads=1, device="cpu"
     )
     with pytest.raises(InputError, match="no checkpoint here"):
         bench_serve.measure(args)

@@ -8,15 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vlbeit
 from hub_standin import StandIn, hub_standin
 from run_folders import pretrained_run, task_run
 from test_model import states_of
 from tiny_models import tiny_config, tiny_model
+from untrained_run import noise
 from vlbeit import hub
 from vlbeit.checkpoint import find_checkpoint
 from vlbeit.config import to_dict
 from vlbeit.errors import ConfigError, InputError, SaveError, UnsafeError
 from vlbeit.nn.model import VLBeit
+from vlbeit.serve.export_hf import export_hf
+from vlbeit.serve.served_runs import name_of
 
 REPOSITORY = "somebody/tiny"
 
@@ -103,8 +107,6 @@ def test_a_fine_tuned_model_says_how_it_is_loaded_and_gives_its_trunk(tmp_path: 
     assert set(trunk.state_dict()) == {n for n in stored if not n.startswith("task.")}
     assert len(trunk.heads) == 0 and trunk.task is None
     with pytest.raises(ConfigError, match="export hf"):
-        import vlbeit
-
         vlbeit.load(folder, "cpu").model.save_pretrained(tmp_path / "out")
 
 
@@ -203,6 +205,34 @@ def test_only_json_and_safetensors_are_fetched(standin: StandIn, tmp_path: Path)
     with pytest.raises(InputError, match=r"no model.safetensors"):
         VLBeit.from_pretrained(REPOSITORY, cache_dir=tmp_path / "without")
     assert not any("pytorch_model.bin" in path for path in standin.asked)
+
+
+def test_a_run_is_loaded_by_the_name_of_its_repository(
+    standin: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head, tokenizer and answers come along, and a folder of that name goes first."""
+    exported = export_hf(task_run(tmp_path / "run", "vqa"), tmp_path / "out")
+    hub.upload(exported, REPOSITORY, token="x")
+    here, there = (vlbeit.load(exported, "cpu"), vlbeit.load(REPOSITORY, cache_dir=tmp_path / "c"))
+    assert any("model.safetensors" in path for path in standin.asked)
+    assert there.digest == here.digest and there.modes == here.modes
+    assert there.answer(noise(1), "say red") == here.answer(noise(1), "say red")
+    assert name_of(there) == REPOSITORY and name_of(here) == "out"
+    standin.asked.clear()
+    again = vlbeit.load(REPOSITORY, cache_dir=tmp_path / "c", local_files_only=True)
+    assert again.digest == here.digest and standin.asked == []
+
+    with pytest.raises(InputError, match="nobody/nothing: no folder of that name"):
+        vlbeit.load("nobody/nothing", cache_dir=tmp_path / "c")
+    with pytest.raises(InputError, match="tiny at v9: .*no such revision"):
+        vlbeit.load(REPOSITORY, revision="v9", cache_dir=tmp_path / "c")
+    standin.asked.clear()
+    monkeypatch.chdir(tmp_path)
+    other = task_run(tmp_path / REPOSITORY, "classification")
+    assert vlbeit.load(REPOSITORY).modes == vlbeit.load(other).modes != here.modes
+    with pytest.raises(InputError, match="no checkpoint here"):
+        vlbeit.load("no-such-run")  # one word is no repository
+    assert standin.asked == []
 
 
 def test_a_repository_that_is_not_there_is_named(standin: StandIn, tmp_path: Path) -> None:

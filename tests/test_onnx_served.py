@@ -1,5 +1,6 @@
-"""The server's answers equal those of the exported graphs, for 500 mixed requests."""
+"""The server answers as the exported graphs do: 500 mixed requests, alone and together."""
 
+import copy
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -11,8 +12,8 @@ import onnxruntime
 import pytest
 from tokenizers import Tokenizer
 
-from serving import Client, running, served_of_all_tasks
-from test_serve import close, made_request, moved
+from serving import Running, running, served_of_all_tasks
+from test_serve import asked_together, close, made_request, moved
 from toy_tasks import write_tasks
 from vlbeit.data.transforms import decode_image, plain
 from vlbeit.jsonfile import read_json
@@ -80,9 +81,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> ServedRuns:
 
 
 @pytest.fixture(scope="module")
-def client(served: ServedRuns) -> Iterator[Client]:
-    with running(served) as found, found.client() as made:
-        yield made
+def server(served: ServedRuns) -> Iterator[Running]:
+    with running(served) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -135,14 +136,27 @@ def comparable(mode: str, found: dict[str, Any]) -> Any:
     return found
 
 
-def test_500_mixed_answers_of_the_server_equal_those_of_the_graphs(client, graphs):
+def test_500_mixed_answers_of_the_server_equal_those_of_the_graphs_alone_and_together(
+    server, graphs
+):
     draw = random.Random(11)
-    for number in range(500):
-        mode = list(GRAPHS)[number % len(GRAPHS)]
-        fields = made_request(mode, draw)
-        said = comparable(mode, client.ask(mode, fields).json())
-        wanted = from_graph(graphs, mode, fields)
-        assert close(said, wanted, TOLERANCE), (mode, said, wanted)
-        # The comparison would see a difference of twice what it lets pass.
-        if number < 3 * len(GRAPHS) and isinstance(wanted, dict):
-            assert moved(wanted) and moved(wanted) and not close(said, wanted, TOLERANCE)
+    modes = [list(GRAPHS)[number % len(GRAPHS)] for number in range(500)]
+    requests = [(mode, made_request(mode, draw)) for mode in modes]
+    expected = [from_graph(graphs, mode, fields) for mode, fields in requests]
+    with server.client() as client:
+        for number, ((mode, fields), wanted) in enumerate(zip(requests, expected, strict=True)):
+            said = comparable(mode, client.ask(mode, fields).json())
+            assert close(said, wanted, TOLERANCE), (mode, said, wanted)
+            # The comparison would see a difference of twice what it lets pass.
+            if number < 3 * len(GRAPHS) and isinstance(wanted, dict):
+                other = copy.deepcopy(wanted)
+                assert moved(other) and moved(other) and not close(said, other, TOLERANCE)
+    before = {mode: server.batches(mode) for mode in GRAPHS}
+    # Requests of a mode side by side, so that they do meet in the queue.
+    order = sorted(range(500), key=lambda number: modes[number])
+    together = asked_together(server, [requests[number] for number in order], clients=16)
+    for number, found in zip(order, together, strict=True):
+        said = comparable(modes[number], found)
+        assert close(said, expected[number], TOLERANCE), (modes[number], said, expected[number])
+    new = [np.subtract(server.batches(mode), before[mode]) for mode in GRAPHS]
+    assert sum(batches for batches, _ in new) < 0.8 * sum(asked for _, asked in new) == 0.8 * 500

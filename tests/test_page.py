@@ -12,19 +12,19 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from colour_world import ColourScene, draw_colour_scene, train_colour_world
+from colour_world import draw_colour_scene, train_colour_world
 from tiny_run import tiny_run, write_world
 from tiny_tasks import write_tasks as write_other_tasks
 from toy_tasks import write_tasks
@@ -702,63 +702,91 @@ def test_the_audit_finds_what_is_planted(visit):
 # ------------------------------------------------------------------ what was hidden comes back
 
 
-@pytest.fixture(scope="module")
-def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where `vlbeit serve` shows a demo folder that has learned colours."""
-    folder = train_colour_world(tmp_path_factory.mktemp("colours") / "demo")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+@contextmanager
+def serve_command(folder: Path) -> Iterator[str]:
+    """Where `vlbeit serve FOLDER` listens; it must end with 0 when it is told to."""
     job = subprocess.Popen(
-        [sys.executable, "-m", "vlbeit", "serve", str(folder), "--port", str(port)],
+        [sys.executable, "-m", "vlbeit", "serve", str(folder), "--port", "0"],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert job.stdout is not None
     try:
         for line in job.stdout:
-            if "serving on" in line:
+            if found := re.search(r"serving on (http://127\.0\.0\.1:\d+)/", line):
                 break
         else:
             pytest.fail(f"vlbeit serve ended with {job.wait()} before it listened")
-        yield f"http://127.0.0.1:{port}"
+        yield found[1]
     finally:
         job.terminate()
         assert job.wait(30) == 0
 
 
-def take(visit: Visit, scene: ColourScene, number: int) -> None:
-    """Shows a scene, with its caption, on the panel that fills in."""
-    name = f"{number}.png"
-    visit.open("fill_words")
-    visit.drop(name, scene.png())
-    visit.page.wait_for_function(
-        "(name) => document.querySelector('.given .preview').alt === name", arg=name
-    )
-    visit.page.locator("#caption").fill(scene.caption)
-    visit.page.get_by_role("button", name=scene.colour, exact=True).wait_for()
+@pytest.fixture(scope="module")
+def trained(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where `vlbeit serve` shows a demo folder that has learned colours."""
+    folder = train_colour_world(tmp_path_factory.mktemp("colours") / "demo")
+    with serve_command(folder) as address:
+        yield address
 
 
-@pytest.mark.browser
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # a minute of training on a core of its own
-def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser, trained):
-    """On held-out scenes, through the browser and `vlbeit serve`, with the network off."""
-    visit = Visit(browser, trained).ready()
-    scenes = [draw_colour_scene("held out", i) for i in range(8)]
-    seen = [np.asarray(draw_colour_scene("train", i).image, float) for i in range(200)]
-    mean, alone_right, filled_error, mean_error = np.mean(seen, axis=0), 0, [], []
+class Shown(NamedTuple):
+    """A held-out scene, a caption with its colour in it, and a question with its answer."""
+
+    image: Image.Image
+    caption: str
+    colour: str
+    question: str
+    answer: str
+
+
+def colour_scenes(count: int) -> list[Shown]:
+    scenes = (draw_colour_scene("held out", i) for i in range(count))
+    return [Shown(s.image, s.caption, s.colour, s.question, s.colour) for s in scenes]
+
+
+def demo_scenes(count: int) -> list[Shown]:
+    """Of the demo's own world, those with one group of figures, so that one colour is right."""
+    scenes = (draw_scene(seed=0, split="val", index=i) for i in range(4 * count))
+    found = []
+    for number, scene in enumerate(one for one in scenes if len(one.groups) == 1):
+        caption = scene.captions[number % len(scene.captions)]
+        asked = scene.questions[number % len(scene.questions)]
+        colour = scene.groups[0].colour
+        found.append(Shown(scene.image, caption, colour, asked.text, asked.answer))
+    assert len(found) >= count
+    return found[:count]
+
+
+class Played(NamedTuple):
+    """How often the page was right, and how far off its pictures were, in levels of 255."""
+
+    right: int
+    alone_right: int
+    """Colours named without the picture."""
+    answered: int
+    filled_error: float
+    mean_error: float
+    """Of the mean training picture."""
+
+
+def play(visit: Visit, scenes: Sequence[Shown], mean: np.ndarray) -> Played:
+    """Hides each scene's colour word and a block of 3 x 3 of its patches (of 5 x 5, 8 pixels each),
+    and asks the question."""
+    right = alone_right = answered = 0
+    filled_error, mean_error = [], []
     for number, scene in enumerate(scenes):
-        take(visit, scene, number)
+        take(visit, scene, f"{number}.png")
         panel = visit.page.locator("#panel-fill_words")
         panel.get_by_role("button", name=scene.colour, exact=True).click()
         panel.locator(".word-card").wait_for()
         columns = panel.locator(".word-card .columns > div")
-        assert bars(columns.nth(0))[0][0] == scene.colour, scene.caption
+        right += bars(columns.nth(0))[0][0] == scene.colour
         alone_right += bars(columns.nth(1))[0][0] == scene.colour
 
-        pixels = np.asarray(scene.image)
-        top, left = number % 3, number // 3  # a block of 3 x 3 patches, elsewhere in each scene
+        pixels = np.asarray(scene.image, float)
+        top, left = number % 3, number // 3 % 3  # elsewhere in each scene
         block = [
             5 * row + column for row in range(top, top + 3) for column in range(left, left + 3)
         ]
@@ -780,8 +808,63 @@ def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser
         answer.locator("form button").click()
         answer.locator(".verdict").wait_for()
         visit.idle()
-        assert answer.locator(".verdict").inner_text() == scene.colour, scene.caption
-    assert alone_right < len(scenes) / 2, "the text must not give the colour away"
-    assert np.mean(filled_error) < 0.5 * np.mean(mean_error)
+        answered += answer.locator(".verdict").inner_text() == scene.answer
+    errors = float(np.mean(filled_error)), float(np.mean(mean_error))
+    return Played(right, alone_right, answered, *errors)
+
+
+def take(visit: Visit, scene: Shown, name: str) -> None:
+    """Shows a scene, with its caption, on the panel that fills in."""
+    file = io.BytesIO()
+    scene.image.save(file, "PNG")
+    visit.open("fill_words")
+    visit.drop(name, file.getvalue())
+    visit.page.wait_for_function(
+        "(name) => document.querySelector('.given .preview').alt === name", arg=name
+    )
+    visit.page.locator("#caption").fill(scene.caption)
+    # All of its words, as the caption before may have had the same colour.
+    visit.page.wait_for_function(
+        """(text) => document.querySelector("#panel-fill_words .chips").textContent === text""",
+        arg=scene.caption.replace(" ", ""),
+    )
+
+
+def mean_picture(scenes: Iterable[Any]) -> np.ndarray:
+    return np.mean([np.asarray(scene.image, float) for scene in scenes], axis=0)
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # a minute of training on a core of its own
+def test_hidden_colours_and_patches_come_back_and_questions_are_answered(browser, trained):
+    """On held-out scenes, through the browser and `vlbeit serve`, with the network off."""
+    visit = Visit(browser, trained).ready()
+    scenes = colour_scenes(8)
+    played = play(visit, scenes, mean_picture(draw_colour_scene("train", i) for i in range(200)))
+    assert played.right == played.answered == len(scenes), played
+    assert played.alone_right < len(scenes) / 2, "the text must not give the colour away"
+    assert played.filled_error < 0.5 * played.mean_error, played
     assert visit.errors == [] and visit.outside == []
     visit.close()
+
+
+DEMO = os.environ.get("VLBEIT_DEMO", "")
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not DEMO, reason="VLBEIT_DEMO names no folder of `vlbeit demo`")
+def test_on_the_demos_own_checkpoint_the_same_comes_back(browser):
+    """What the command that `make run` ends with shows. The demo itself takes half an hour."""
+    with serve_command(Path(DEMO)) as address:
+        visit = Visit(browser, address).ready()
+        scenes = demo_scenes(24)
+        trained_on = (draw_scene(seed=0, split="train", index=i) for i in range(200))
+        played = play(visit, scenes, mean_picture(trained_on))
+        assert played.right == len(scenes) and played.answered >= 20, played
+        assert played.alone_right < len(scenes) / 2, played
+        assert played.filled_error < 0.5 * played.mean_error, played
+        assert visit.errors == [] and visit.outside == []
+        visit.close()

@@ -74,7 +74,8 @@ def rows_of_a_run(folder):
         scores = {"loss": loss, "count": 40, "accuracy": 1 / (1 + loss)}
         return {"step": step, "objectives": {"mim": scores, "mvlm_text": scores}}
 
-    lines = [row(step, 5 / step) | {"seconds": 0.5, "waited": 0.1} for step in range(1, 41)]
+    speed = {"seconds": 0.5, "waited": 0.1, "samples_per_second": 1234.5, "memory_mb": 567}
+    lines = [row(step, 5 / step) | speed for step in range(1, 41)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     evals = [row(0, 5.0), row(20, 0.3), row(40, 0.2)]
     (folder / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in evals))
@@ -152,11 +153,14 @@ def test_it_follows_the_readers_light_or_dark_theme_and_fits_a_phone(report):
 
 
 def test_it_holds_the_figures_that_were_measured(page, report):
-    text = " ".join("".join(page.text).split())
+    text = " ".join(" ".join(page.text).split())
     for words in ("sighted", "blind", "prior", "hidden words", "1 min 17 s", "Visual tokenizer"):
         assert words in text
     assert text.count("\u2713") + text.count("\u2717") > 12
     assert f"{PAIRS} pairs" in text
+    for words in ("samples a second 1,234.5", "seconds a step 0.500", "waiting for data 16.7 %"):
+        assert words in text, words
+    assert "tokens a second" not in text  # this log has none
     assert report.count("<polyline") >= 2 * 4 - 2
 
 

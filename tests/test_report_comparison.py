@@ -273,8 +273,25 @@ def test_the_command_compares_real_runs_named_by_folder_or_checkpoint(tmp_path, 
 def test_a_flag_of_a_single_run_is_refused_for_several(pair, capsys):
     for flag in (["--data", "x"], ["--samples", "3"], ["--batch", "2"], ["--device", "cpu"]):
         assert main(["report", *map(str, pair), *flag]) == 78
-        assert f"{flag[0]} is of a single run" in capsys.readouterr().err
+        assert f"{flag[0]} is of a single pretrained run" in capsys.readouterr().err
     assert not (pair[0].parent / "comparison.html").exists()
+
+
+def test_a_fine_tuned_run_alone_has_a_page_with_all_of_its_settings(tmp_path, capsys):
+    run = write_run(tmp_path / "mine", task="vqa")
+    assert main(["report", str(run)]) == 0
+    assert f"report in {run / 'report.html'}" in capsys.readouterr().out
+    shown, raw = text_of(run / "report.html"), (run / "report.html").read_text()
+    assert "A run of fine-tuning (vqa), from its own log" in shown
+    assert '"betas": [ 0.9, 0.98 ]' in shown and "torch 2.13.0" in shown
+    assert "samples a second 64.0" in shown and raw.count("<polyline") >= 3
+    assert "side by side" not in shown and "Settings that differ" not in shown
+    assert "secret-host" not in raw
+    assert main(["report", str(run), "--samples", "3"]) == 78
+    assert "a fine-tuned run is shown by what was logged" in capsys.readouterr().err
+    (run / "metrics.jsonl").unlink()
+    assert main(["report", str(run)]) == 66
+    assert "nothing to show: its metrics.jsonl" in capsys.readouterr().err
 
 
 def test_the_page_goes_where_it_is_told(pair, tmp_path, capsys):

@@ -181,7 +181,7 @@ class TextTokenizerConfig:
 class VisualTokenizerConfig:
     """VQ-KD: a ViT encoder, a cosine codebook with EMA, a decoder to a teacher's features.
 
-    Defaults: BEiT v2's base tokenizer (paper.md section 1).
+    Defaults: BEiT v2's base tokenizer (docs/paper.md 1).
     """
 
     codes: int = 8192
@@ -356,7 +356,7 @@ class FinetuneOptimConfig(OptimConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationConfig:
-    """Image classification (paper.md 5.4)."""
+    """Image classification (docs/paper.md 5)."""
 
     label_smoothing: float = 0.1
     mixup: float = 0.0
@@ -371,7 +371,7 @@ class ClassificationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VqaConfig:
-    """Visual question answering as classification over a list of answers (paper.md 5.1)."""
+    """Visual question answering as classification over a list of answers (docs/paper.md 5)."""
 
     answers: str = ""
     """File with the answers, a JSON list or one a line, in the order of the classes; empty: the
@@ -382,7 +382,7 @@ class VqaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
-    """Image-text retrieval: contrast, matching with hard negatives, reranking (paper.md 5.3)."""
+    """Image-text retrieval: contrast, matching with hard negatives, reranking (docs/paper.md 5)."""
 
     repeated: Literal["positives", "masked"] = "positives"
     """Captions of one image that meet in a batch: all are right (ALBEF), or only the pair's own
@@ -400,7 +400,7 @@ class RetrievalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationConfig:
-    """Semantic segmentation by UPerNet (paper.md 5.5). Defaults: BEiT's on ADE20K, but for `norm`.
+    """Semantic segmentation by UPerNet (docs/paper.md 5). Defaults: BEiT's on ADE20K, but `norm`.
 
     Training crops have the size of `model.image_size`, and so have the windows of evaluation.
     """

@@ -1,8 +1,8 @@
 """Which patches and which words are hidden: pure functions of a stream of draws.
 
 Patches: the block-wise algorithm of BEiT (2106.08254, Algorithm 1) with BEiT v2's correction to
-an exact count, so that every image of a batch hides the same number of patches (paper.md 3.2).
-Words: an exact count too, drawn without repetition, then 80 / 10 / 10 as in BERT (paper.md 3.1).
+an exact count, so that every image of a batch hides the same number of patches (docs/paper.md 3).
+Words: an exact count too, drawn without repetition, then 80 / 10 / 10 as in BERT (docs/paper.md 3).
 """
 
 import math

@@ -127,9 +127,7 @@ def _use(facts: CardFacts) -> Iterator[str]:
     if facts.step is None:
         yield 'model = vlbeit.VLBeit.from_pretrained("FOLDER")'
     else:
-        yield "from vlbeit.hub import local_folder"
-        yield ""
-        yield 'run = vlbeit.load(local_folder("NAMESPACE/NAME"))  # or the folder itself'
+        yield 'run = vlbeit.load("NAMESPACE/NAME")  # or the folder itself'
         yield "run.modes  # what it can be asked"
     yield "```"
 

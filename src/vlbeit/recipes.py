@@ -252,7 +252,7 @@ def base_classification() -> FinetuneConfig:
 
     torchrun --nproc-per-node 8 -m -- vlbeit finetune classification base --start RUN --data DATA
 
-    The paper gives no numbers; these are BEiT's (paper.md 5.4, fallback "without stage 1"): batch
+    No numbers in the paper; these are BEiT's (docs/paper.md 5, fallback "without stage 1"): batch
     1024, lr 4e-3, 100 epochs (1,251 steps each) with 20 of warmup, layer decay 0.65, drop path
     0.1, weight decay 0.05, clip 3, mixup 0.8, CutMix 1.0, label smoothing 0.1, RandAugment
     m9-mstd0.5, erasing 0.25. With the 22K stage (its stage 2): --batch.size 512 --optim.lr 2e-5
@@ -354,7 +354,7 @@ def base_vqa() -> FinetuneConfig:
 
     torchrun --nproc-per-node 8 -m -- vlbeit finetune vqa base --start RUN --data VQAV2
 
-    The paper gives no more numbers; these are VLMo's (paper.md 5.1): lr 3e-5, the head's 20 times
+    No more numbers in the paper; these are VLMo's (docs/paper.md 5): lr 3e-5, the head's 20 times
     that, batch 128, 10 epochs (about 5,000 steps each: train + val, 640k questions) with 10 %
     warmup, linear to 0, AdamW (0.9, 0.98), weight decay 0.01, drop path 0.15, 40 words,
     RandAugment(2, 7) with crop (0.5, 1) and flip, 3,129 answers by the rule of 9. Not run by us.
@@ -448,7 +448,7 @@ def base_retrieval() -> FinetuneConfig:
 
     torchrun --nproc-per-node 64 -m -- vlbeit finetune retrieval base --start RUN --data COCO
 
-    The paper gives no more numbers; these are VLMo's (paper.md 5.3): batch 3,072, lr 3e-5, 3,000
+    No more numbers in the paper; these are VLMo's (docs/paper.md 5): batch 3,072, lr 3e-5, 3,000
     steps with 300 of warmup, linear to 0, weight decay 0.01, drop path 0.2, 40 words, k = 32 and
     the sum of both scores. Flickr30K: --start the COCO run, --max-steps 1500 --optim.total-steps
     1500 --optim.warmup-steps 150 --model.drop-path 0.15. A text is compared with the images of one
@@ -545,7 +545,7 @@ def base_statements() -> FinetuneConfig:
 
     torchrun --nproc-per-node 8 -m -- vlbeit finetune statements base --start RUN --data NLVR2
 
-    The paper gives no more numbers; these are VLMo's (paper.md 5.2): lr 5e-5, batch 128, 10 epochs
+    No more numbers in the paper; these are VLMo's (docs/paper.md 5): lr 5e-5, batch 128, 10 epochs
     (675 steps each: 86,373 statements) with 10 % warmup, linear to 0, AdamW (0.9, 0.98), weight
     decay 0.01, drop path 0.1, 40 words, and its crop, flip and RandAugment(2, 7) as for VQA. Not
     run by us.
@@ -720,7 +720,7 @@ def base_segmentation() -> FinetuneConfig:
 
     torchrun --nproc-per-node 8 -m -- vlbeit finetune segmentation base --start RUN --data ADE20K
 
-    The paper gives no numbers; these are BEiT's (paper.md 5.5, "without intermediate tuning"):
+    The paper gives no numbers; these are BEiT's (docs/paper.md 5, "without intermediate tuning"):
     crop 512, 160k steps of 16, lr 7e-4 linear to 0, 1,500 of warmup, layer decay 0.65, weight
     decay 0.05, drop path 0.1, UPerNet of 768 channels, auxiliary head 0.4, scale 0.5 to 2, windows
     every 341 px. After the 22K stage: --optim.lr 3e-5 --optim.layer-decay 0.9. Other than BEiT:

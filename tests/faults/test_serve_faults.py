@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import random
+import re
 import select
 import signal
 import socket
@@ -57,9 +58,14 @@ class Process:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
     def waited_for_a_core(self) -> float:
-        """Seconds in which the event loop's thread could have run, and other processes did."""
+        """Seconds in which the event loop's thread could have run, and others did."""
         told = Path(f"/proc/{self.job.pid}/task/{self.job.pid}/schedstat").read_text()
         return int(told.split()[1]) / 1e9
+
+    def worked(self) -> float:
+        """CPU seconds of the server."""
+        words = Path(f"/proc/{self.job.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
     @contextmanager
     def grows_by_at_most(self, megabytes: float) -> Iterator[None]:
@@ -105,9 +111,20 @@ def serving(run_dir: Path, *flags: str) -> Iterator[Process]:
 
 
 @pytest.fixture(scope="module")
-def server(run_dir: Path) -> Iterator[Process]:
+def attacked(run_dir: Path) -> Iterator[tuple[Process, list[bytes]]]:
+    """The one server that all attacks are made on, and its first 50 answers."""
     with serving(run_dir, "--deadline", str(DEADLINE)) as found:
-        yield found
+        answers = golden(found)
+        assert len(set(answers)) > 10
+        yield found, answers
+
+
+@pytest.fixture
+def server(attacked: tuple[Process, list[bytes]]) -> Iterator[Process]:
+    """After every test its 50 answers are those of the beginning, byte for byte."""
+    process, answers = attacked
+    yield process
+    assert golden(process) == answers
 
 
 def question(i: int) -> dict[str, Any]:
@@ -119,21 +136,25 @@ def golden(process: Process) -> list[bytes]:
         return [client.ask("answer", question(i)).body for i in range(50)]
 
 
+def machine_worked() -> float:
+    """CPU seconds of everybody on this machine."""
+    words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    idle, waiting_for_disks = 3, 4
+    seconds = sum(int(w) for i, w in enumerate(words) if i not in (idle, waiting_for_disks))
+    return seconds / os.sysconf("SC_CLK_TCK")
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-# What the watch itself waited for a core is no wait of the server's, so it is taken off.
 WATCH = """
 import http.client, sys, time
-def awake():
-    told = open("/proc/self/schedstat").read()
-    return time.monotonic() - int(told.split()[1]) / 1e9
 while True:
-    began = awake()
+    began = time.monotonic()
     line = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=30)
     line.request("GET", "/live")
-    print(line.getresponse().status, awake() - began, flush=True)
+    print(line.getresponse().status, time.monotonic() - began, time.process_time(), flush=True)
     line.close()
     time.sleep(0.05)
 """
@@ -146,6 +167,8 @@ class Watch:
         self.words = [sys.executable, "-c", WATCH, str(port)]
         self.seconds: list[float] = []
         self.statuses: set[int] = set()
+        self.worked = 0.0
+        """CPU seconds of the watch itself."""
 
     def __enter__(self) -> "Watch":
         self.job = subprocess.Popen(self.words, stdout=subprocess.PIPE, text=True)
@@ -156,9 +179,10 @@ class Watch:
         time.sleep(0.3)  # so that a request which was held up is seen
         self.job.kill()
         for line in self.job.communicate()[0].splitlines():
-            if len(found := line.split()) == 2:
+            if len(found := line.split()) == 3:
                 self.statuses.add(int(found[0]))
                 self.seconds.append(float(found[1]))
+                self.worked = float(found[2])
 
 
 async def answer_to(port: int, sent: bytes, ready: asyncio.Barrier) -> tuple[int, bytes, float]:
@@ -181,7 +205,6 @@ async def all_at_once(port: int, requests: list[bytes]) -> list[tuple[int, bytes
 def test_w01_500_requests_at_once_are_answered_or_refused_and_change_nothing(
     server: Process,
 ) -> None:
-    before = golden(server)
     malformed = (b"{", b'{"image": NaN}', b'{"image": "%"}', b"[]", b'{"top": 3}')
     requests = []
     for i in range(500):
@@ -189,10 +212,12 @@ def test_w01_500_requests_at_once_are_answered_or_refused_and_change_nothing(
         content = malformed[i // 10 % 5] if i % 10 == 0 else json.dumps(sent).encode()
         lines = ("Content-Type: application/json", f"Content-Length: {len(content)}")
         requests.append(post(*lines, "Connection: close") + content)
-    waited = server.waited_for_a_core()
+    waited, began = server.waited_for_a_core(), time.monotonic()
+    others = machine_worked() - server.worked() - time.process_time()
     with server.grows_by_at_most(200), Watch(server.port) as live:
         answers = asyncio.run(all_at_once(server.port, requests))
-    waited = server.waited_for_a_core() - waited  # the clients' and other jobs' doing
+    others = machine_worked() - server.worked() - time.process_time() - live.worked - others
+    waited, seconds = server.waited_for_a_core() - waited, time.monotonic() - began
     for i, (status, got, _) in enumerate(answers):
         assert status in ((400, 503) if i % 10 == 0 else (200, 503)), got
         content = json.loads(got.rpartition(b"\r\n\r\n")[2])
@@ -201,8 +226,10 @@ def test_w01_500_requests_at_once_are_answered_or_refused_and_change_nothing(
     served = [seconds for status, _, seconds in answers if status == 200]
     assert len(served) >= 100 and percentile(served, 0.99) <= DEADLINE
     assert live.statuses == {200} and len(live.seconds) >= 5
-    assert percentile(live.seconds, 0.99) <= 0.5 + waited, (live.seconds, waited)
-    assert golden(server) == before and len(set(before)) > 10
+    # On a machine that others leave alone the bar is 0.5 s as it stands. Where others work (more
+    # than a tenth of a core), what the server then waited for a core is their doing.
+    allowance = waited if others > 0.1 * seconds else 0.0
+    assert percentile(live.seconds, 0.99) <= 0.5 + allowance, (live.seconds, others, waited)
 
 
 def post(*lines: str) -> bytes:
@@ -276,7 +303,7 @@ def test_w02_a_gzip_bomb_is_not_unpacked(server: Process) -> None:
     with server.grows_by_at_most(16):
         began = time.monotonic()
         got = exchange(server.port, sent + packed)
-    assert got.startswith(b"HTTP/1.1 415 ") and time.monotonic() - began <= 2.5
+    assert got.startswith(b"HTTP/1.1 415 ") and time.monotonic() - began <= 2.0
 
 
 def test_w06_image_bombs_and_a_hundred_images_are_refused_in_half_a_second(
@@ -312,19 +339,46 @@ def test_w06_image_bombs_and_a_hundred_images_are_refused_in_half_a_second(
         assert seconds <= 0.5, (name, seconds)
 
 
+# Without what this process itself waited for a core.
+ASK = """
+import http.client, sys, time
+def awake():
+    told = open("/proc/self/schedstat").read()
+    return time.monotonic() - int(told.split()[1]) / 1e9
+line = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]), timeout=30)
+bodies = sys.stdin.buffer.read().splitlines()
+found, until = [], time.monotonic() + float(sys.argv[2])
+while time.monotonic() < until:
+    began = awake()
+    body = bodies[len(found) % len(bodies)]
+    line.request("POST", "/v1/answer", body, {"Content-Type": "application/json"})
+    answer = line.getresponse()
+    answer.read()
+    assert answer.status == 200, answer.status
+    found.append(awake() - began)
+    time.sleep(0.02)
+print(*found)
+"""
+
+
+def slowest(port: int, seconds: float) -> float:
+    """The 99th percentile of answers to a client in a process of its own."""
+    bodies = [{name: as_sent(v) for name, v in question(i).items()} for i in range(17)]
+    job = subprocess.run(
+        [sys.executable, "-c", ASK, str(port), str(seconds)],
+        input="\n".join(map(json.dumps, bodies)),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = list(map(float, job.stdout.split()))
+    assert len(found) >= 30
+    return percentile(found, 0.99)
+
+
 def test_w04_50_trickling_clients_and_25_idle_ones_are_cut_and_others_do_not_notice(
     server: Process,
 ) -> None:
-    def latencies(seconds: float) -> list[float]:
-        found, until = [], time.monotonic() + seconds
-        with server.client() as client:
-            while time.monotonic() < until:
-                began = time.monotonic()
-                assert client.ask("answer", question(len(found))).status == 200
-                found.append(time.monotonic() - began)
-                time.sleep(0.02)
-        return found
-
     def trickle(line: socket.socket, content: bytes) -> float:
         """Seconds until the server closed."""
         began = time.monotonic()
@@ -345,7 +399,7 @@ def test_w04_50_trickling_clients_and_25_idle_ones_are_cut_and_others_do_not_not
 
     head = b"GET /live HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"a" * 60
     sent = post("Content-Type: application/json", "Content-Length: 5000")
-    quiet = percentile(latencies(3.0), 0.99)
+    before = slowest(server.port, 5.0)
     lines = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(75)]
     try:
         for line in lines[25:50]:
@@ -353,14 +407,23 @@ def test_w04_50_trickling_clients_and_25_idle_ones_are_cut_and_others_do_not_not
         contents = [head] * 25 + [b"a" * 60] * 25 + [b""] * 25
         with ThreadPoolExecutor(76) as pool, Watch(server.port) as live:
             cut = [pool.submit(trickle, *pair) for pair in zip(lines, contents, strict=True)]
-            busy = percentile(latencies(9.0), 0.99)
+            busy = slowest(server.port, 9.0)
             seconds = [one.result() for one in cut]
     finally:
         for line in lines:
             line.close()
     assert max(seconds) <= 15.0 and min(seconds) > 2.0, seconds
     assert live.statuses == {200}
-    assert busy <= 2 * max(quiet, 0.05), (quiet, busy)
+    after = slowest(server.port, 5.0)  # other work on the machine comes and goes
+    assert busy <= 2 * max(before, after), (before, busy, after)
+
+
+def accepted(server: Process) -> int:
+    """Questions that the server has taken up so far: in work, or answered with 200."""
+    with server.client() as client:
+        text = client.get("/metrics").body.decode()
+    lines = ("vlbeit_in_work", r'vlbeit_requests_total\{route="answer",status="200"\}')
+    return sum(int(float(re.search(rf"^{line} (\S+)$", text, re.M)[1])) for line in lines)
 
 
 def test_w05_sigterm_finishes_what_was_accepted_and_leaves(run_dir: Path) -> None:
@@ -371,6 +434,7 @@ def test_w05_sigterm_finishes_what_was_accepted_and_leaves(run_dir: Path) -> Non
         stalled.sendall(post("Content-Type: application/json", "Content-Length: 5000"))
         waiting = Client(server.port)
         assert waiting.get("/ready").status == 200
+        before = accepted(server)  # the stalled one among them
         with ThreadPoolExecutor(64) as pool:
             asked = threading.Semaphore(0)
 
@@ -383,7 +447,8 @@ def test_w05_sigterm_finishes_what_was_accepted_and_leaves(run_dir: Path) -> Non
             in_flight = [pool.submit(ask, i) for i in range(64)]
             for _ in in_flight:
                 asked.acquire()
-            time.sleep(0.15)  # the requests are on their way
+            time.sleep(0.1)  # the requests are on their way
+            taken = accepted(server) - before
             began = time.monotonic()
             os.kill(server.job.pid, signal.SIGTERM)
             time.sleep(0.1)
@@ -396,7 +461,8 @@ def test_w05_sigterm_finishes_what_was_accepted_and_leaves(run_dir: Path) -> Non
         stalled.close()
         assert server.job.wait(15) == 0, server.out.read_text()
         assert time.monotonic() - began <= 10.0
-        assert set(statuses) <= {200, 503} and statuses.count(200) >= 16, statuses
+        # Every one that was accepted before the signal is answered; who came later is refused.
+        assert set(statuses) <= {200, 503} and statuses.count(200) >= taken >= 16, (statuses, taken)
         assert b" 503 " in told[:20] and json.loads(told.rpartition(b"\r\n\r\n")[2])
         with pytest.raises(OSError):
             socket.create_connection(("127.0.0.1", server.port))
@@ -417,7 +483,6 @@ def test_a_second_signal_does_not_wait(run_dir: Path) -> None:
 
 def test_answers_after_random_abuse_are_those_of_before(server: Process) -> None:
     """Bytes of a good request, changed at random: nothing breaks, and nothing stays behind."""
-    before = golden(server)
     kind, form = form_of({"image": PICTURE, "question": "say red"})
     fields = {"image": base64.b64encode(PICTURE).decode(), "question": "say red"}
     draw = random.Random(0)
@@ -429,4 +494,3 @@ def test_answers_after_random_abuse_are_those_of_before(server: Process) -> None
             headers = {"Content-Type": kind if i % 2 else "application/json"}
             found = client.send("POST", "/v1/answer", bytes(whole), headers)
             assert found.status == 200 or 400 <= found.status < 500 and found.error()
-    assert golden(server) == before

@@ -1,4 +1,4 @@
-"""BEiT of unilm: pretraining files and fine-tuned classifiers (checkpoints.md C1).
+"""BEiT of unilm: pretraining files and fine-tuned classifiers (docs/convert.md).
 
 All of it has a place: the image path is exact at the file's own picture size. Texts, L- and
 VL-experts have no source. `BeitNames` and `plan_of` also serve the layouts that differ in names.
@@ -37,7 +37,7 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.types import Modality
 
 NORM_EPS = 1e-6
-"""unilm's; `transformers` has 1e-12 unless its config says otherwise (checkpoints.md T2)."""
+"""unilm's; `transformers` has 1e-12 unless its config says otherwise (docs/convert.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """BEiT of `transformers`, read: masked image modelling, classifier, segmentation, bare trunk.
 
 On disk (4.x and 5.x alike) the names are those of 4.x; `torch.save(model.state_dict())` of 5.x has
-the names of its memory. Both are taken (checkpoints.md T3). hf_export.py writes them.
+the names of its memory. Both are taken (docs/convert.md). hf_export.py writes them.
 """
 
 from __future__ import annotations

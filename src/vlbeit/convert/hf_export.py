@@ -2,7 +2,7 @@
 
 Shared attention and V-experts are a BEiT; text, L- and VL-experts stay behind. The folder's config
 sets what the two libraries have different defaults for: LayerNorm's eps and mean pooling
-(checkpoints.md T2). Square pictures only: on others transformers reads the relative table
+(docs/convert.md). Square pictures only: on others transformers reads the relative table
 transposed (T4).
 
 A segmentation head taps the trunk after its last block, and transformers cannot name that place:

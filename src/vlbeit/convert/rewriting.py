@@ -294,7 +294,7 @@ def with_result(rule: Rule, change: Callable[[Tensor], Tensor], action: Action, 
     return replace(rule, make=lambda *given: change(make(*given)), action=action, note=notes)
 
 
-# ---- rewrites that more than one layout needs (checkpoints.md C0)
+# ---- rewrites that more than one layout needs (docs/convert.md)
 
 
 def flat(tensor: Tensor) -> Tensor:

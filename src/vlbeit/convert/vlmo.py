@@ -1,4 +1,4 @@
-"""VLMo base, large and base-plus (checkpoints.md C1, C2).
+"""VLMo base, large and base-plus (docs/convert.md).
 
 Base and large have relative positions only; our table has VLMo's rows, so it is taken as it is.
 Base-plus has absolute positions, no table and no LayerScale. All three experts, with norms of

@@ -1,10 +1,9 @@
 """Which record is visited when: a pure function of (seed, source, cursor).
 
 A cursor counts the visits a source has had. Nothing else is state: ranks and workers only take
-slices of the global order, so a run resumes at any step with another number of either
-(reliability.md, design rule 1). Shuffling has two levels, shards and then a window of
-neighbouring records, so that a remote shard is read in one go and ten million records cost no
-more memory than one window.
+slices of the global order, so a run resumes at any step with another number of either.
+Shuffling has two levels, shards and then a window of neighbouring records, so that a remote shard
+is read in one go and ten million records cost no more memory than one window.
 """
 
 import heapq

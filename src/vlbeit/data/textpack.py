@@ -2,7 +2,7 @@
 
 Tokenizing is done once per (vocabulary, shards) and kept in a cache folder. Documents follow one
 another, separated by [T_SEP]; a chunk is any full-length stretch, so short documents share a
-chunk and long ones span several (design.md, "No padding waste").
+chunk and long ones span several: no place of a batch is spent on padding.
 """
 
 import fcntl

@@ -2,7 +2,7 @@
 
 `decode_image` is the only function of the project that turns bytes into pixels, `clean_text` the
 only one that admits text; training, evaluation and the server all call these two, so a picture
-or a caption means the same thing everywhere (reliability.md, D03-D05).
+or a caption means the same thing everywhere.
 
 Pictures are (H, W, 3) uint8 RGB arrays; what goes to the model is (3, H, W). Sizes are
 (height, width).

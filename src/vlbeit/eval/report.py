@@ -1,5 +1,5 @@
 """`vlbeit report RUN ...`: one page about a run, what it learned and how that was measured; or
-about several runs, side by side."""
+about several runs of one kind, side by side."""
 
 import argparse
 from collections.abc import Mapping, Sequence
@@ -41,6 +41,7 @@ from vlbeit.eval.report_training import (
     trained_seconds,
 )
 from vlbeit.eval.run_rows import read_rows
+from vlbeit.jsonfile import read_json
 
 EXAMPLES = 12
 """Held-out pairs whose hidden words are shown."""
@@ -57,8 +58,8 @@ def main(argv: list[str]) -> int:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="a run folder (its newest good checkpoint) or a checkpoint; several runs of one kind "
-        "are shown side by side, from their logs",
+        help="a run folder (its newest good checkpoint) or a checkpoint; a fine-tuned run is shown "
+        "from its log, and so are several runs of one kind, side by side",
     )
     parser.add_argument(
         "--out",
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> int:
         help="the page; default: report.html in the run, of several runs comparison.html beside "
         "the first",
     )
-    alone = parser.add_argument_group("of a single run")
+    alone = parser.add_argument_group("of a single pretrained run")
     alone.add_argument("--data", nargs="+", help="prepared folders; default: the run's")
     alone.add_argument("--samples", type=int, help="most samples a stream; 0: all (the default)")
     alone.add_argument("--batch", type=int, help="samples in one forward pass (default 64)")
@@ -74,17 +75,19 @@ def main(argv: list[str]) -> int:
         "--device", choices=("auto", "cpu", "cuda"), help="where it is asked (default auto)"
     )
     args = parser.parse_args(argv)
-    if len(args.runs) > 1:
+    folders = [run_folder_of(Path(run)) for run in args.runs]
+    if len(folders) > 1 or is_task_run(folders[0]):
         given = [n for n in ("data", "samples", "batch", "device") if getattr(args, n) is not None]
         if given:
+            found = f"{len(folders)} runs" if len(folders) > 1 else "a fine-tuned run"
             raise ConfigError(
-                f"--{given[0]} is of a single run: {len(args.runs)} runs are compared by their "
-                "logs, and nothing is evaluated; leave it out"
+                f"--{given[0]} is of a single pretrained run: {found} is shown by what was logged, "
+                "and nothing is evaluated; leave it out"
             )
-        out = write_comparison([run_folder_of(Path(run)) for run in args.runs], args.out)
-        print(f"report in {out}")
+        out = args.out or (None if len(folders) > 1 else folders[0] / "report.html")
+        print(f"report in {write_comparison(folders, out)}")
         return 0
-    folder = run_folder_of(Path(args.runs[0]))
+    folder = folders[0]
     out = args.out or folder / "report.html"
     data, samples = args.data or [], args.samples or 0
     if is_tokenizer_run(folder):
@@ -103,6 +106,12 @@ def run_folder_of(place: Path) -> Path:
     if (place / "manifest.json").is_file() and place.absolute().parent.name == "checkpoints":
         return place.absolute().parent.parent
     return place
+
+
+def is_task_run(folder: Path) -> bool:
+    """Whether a run folder is of `vlbeit finetune`."""
+    file = folder / "config.json"
+    return file.is_file() and "task" in read_json(file)
 
 
 def write_report(

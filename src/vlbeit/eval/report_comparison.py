@@ -1,4 +1,5 @@
-"""Several runs of one kind side by side, as one page: figures, curves, speed, settings that differ.
+"""Runs of one kind side by side, as one page: figures, curves, speed, settings that differ; of a
+single fine-tuned run the same with all of its settings.
 
 All of it comes from the run folders' own files (config.json, metrics.jsonl, eval.jsonl, env.json
 and, where it is there, what `vlbeit eval RUN --out RUN/evaluation.json` wrote). Nothing is
@@ -6,11 +7,11 @@ evaluated, so neither the data nor the checkpoints need be there any more.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -20,14 +21,12 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.eval.curves import Line, line_chart
 from vlbeit.eval.report_html import key, page, paragraph, percent, section, table, with_interval
 from vlbeit.eval.report_tokenizer import is_tokenizer_run
-from vlbeit.eval.report_training import OBJECTIVE_NAMES, duration, number, trained_seconds
+from vlbeit.eval.report_training import OBJECTIVE_NAMES, SPEED_CAPTION, number, speed_rows
 from vlbeit.eval.run_rows import EVALUATION, read_rows
 from vlbeit.jsonfile import read_json
 
 MOST_RUNS = 8
 """As many colours as can be told apart."""
-Of: TypeAlias = Callable[["ComparedRun"], float | None]
-"""A number of a run; None where its log does not have it."""
 LAST_ROWS = 20
 """Rows of the log that the end of training is."""
 MISSING = "\u2014"
@@ -63,7 +62,7 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     """Write the page.
 
     Args:
-        folders: run folders, two to eight, of pretraining or of one task.
+        folders: run folders, one to eight, of pretraining or of one task.
         out: the page; None: comparison.html beside the first run.
 
     Raises:
@@ -74,12 +73,16 @@ def write_comparison(folders: Sequence[Path], out: Path | None = None) -> Path:
     runs = read_runs(folders)
     out = out or folders[0].absolute().parent / "comparison.html"
     names = [run.name for run in runs]
+    if len(runs) == 1:
+        settings = section("Settings", all_settings(runs[0]))
+    else:
+        settings = section("Settings that differ", *settings_tables(runs))
     parts = [
         header_part(runs),
         section("Figures", *figure_tables(runs)),
         *curves_part(runs),
         section("Speed", speed_table(runs)),
-        section("Settings that differ", *settings_tables(runs)),
+        settings,
         footer(),
     ]
     write_atomic(out, page(" / ".join(names), parts).encode())
@@ -127,7 +130,7 @@ def read_run(folder: Path, name: str) -> ComparedRun:
     metrics = read_rows(folder / "metrics.jsonl")
     if not metrics:
         raise InputError(
-            f"{folder}: nothing to compare: its metrics.jsonl is missing or has no whole row yet"
+            f"{folder}: nothing to show: its metrics.jsonl is missing or has no whole row yet"
         )
     config = read_json(folder / "config.json")
     evals = {row["step"]: row for row in read_rows(folder / "eval.jsonl")}
@@ -166,14 +169,18 @@ def short_names(places: Sequence[Path]) -> list[str]:
 def header_part(runs: Sequence[ComparedRun]) -> str:
     kind = runs[0].kind if runs[0].kind == PRETRAINING else f"fine-tuning ({runs[0].kind})"
     steps = ", ".join(f"{run.name} {run.step:,}" for run in runs)
+    title = f"{len(runs)} runs side by side"
     text = (
         f"Runs of {kind}, from their own logs. Steps logged: {steps}. A difference between two "
         "runs holds for their seeds; with one seed each it may be chance."
     )
+    if len(runs) == 1:
+        title = runs[0].name
+        text = f"A run of {kind}, from its own log. Steps logged: {runs[0].step:,}."
     return "\n".join(
         [
             "<header>",
-            f"<h1>{len(runs)} runs side by side</h1>",
+            f"<h1>{escape(title)}</h1>",
             paragraph(text, "soft"),
             legend(runs),
             "</header>",
@@ -220,9 +227,7 @@ def figure_tables(runs: Sequence[ComparedRun]) -> list[str]:
         )
     else:
         parts.append(
-            paragraph(
-                "None of the runs looked at held-out samples while it trained (log.eval_every 0)."
-            )
+            paragraph("No run here looked at held-out samples while it trained (log.eval_every 0).")
         )
     evaluations = [evaluated(run.evaluation) for run in runs]
     if any(evaluations):
@@ -243,7 +248,7 @@ def figure_tables(runs: Sequence[ComparedRun]) -> list[str]:
         parts.append(
             paragraph(
                 "For figures of all held-out samples with intervals: "
-                f"`vlbeit eval RUN --out RUN/{EVALUATION}` for each run, then this command again."
+                f"`vlbeit eval RUN --out RUN/{EVALUATION}` of each run, then this command again."
             )
         )
     return parts
@@ -374,45 +379,19 @@ def chart(name: str, title: str, lines: Sequence[Line], last: float, *, shares: 
 
 def speed_table(runs: Sequence[ComparedRun]) -> str:
     """How fast the steps were and on what."""
-
-    def median(name: str) -> Of:
-        def of(run: ComparedRun) -> float | None:
-            values = [float(row[name]) for row in run.metrics if row.get(name) is not None]
-            return float(np.median(values)) if values else None
-
-        return of
-
-    def waited(run: ComparedRun) -> float | None:
-        total = trained_seconds(run.metrics)
-        return sum(float(r.get("waited", 0.0)) for r in run.metrics) / total if total else None
-
-    def memory(run: ComparedRun) -> float | None:
-        return max((float(r["memory_mb"]) for r in run.metrics if "memory_mb" in r), default=None)
-
-    figures: tuple[tuple[str, Of, Callable[[float], str]], ...] = (
-        ("samples a second", median("samples_per_second"), "{:,.1f}".format),
-        ("tokens a second", median("tokens_per_second"), "{:,.0f}".format),
-        ("seconds a step", median("seconds"), "{:.3f}".format),
-        ("share of the machine's matrix limit", median("limit_share"), percent),
-        ("share of the time waiting for data", waited, percent),
-        ("most memory (MB)", memory, "{:,.0f}".format),
-        ("time of all logged steps", lambda run: trained_seconds(run.metrics), duration),
-    )
-    rows = [row_of("steps logged", [f"{len(run.metrics):,}" for run in runs])]
-    for name, of, shown in figures:
-        values = [of(run) for run in runs]
-        rows.append(row_of(name, [None if v is None else escape(shown(v)) for v in values]))
+    found = [speed_rows(run.metrics) for run in runs]
+    rows = [row_of(name, [one[name] for one in found]) for name in found[0]]
     for name in MACHINE:
-        found = [run.environment.get(name) for run in runs]
-        if any(value is not None for value in found):
+        told = [run.environment.get(name) for run in runs]
+        if any(value is not None for value in told):
             rows.append(
                 row_of(
                     name.replace("_", " "),
-                    [None if v is None else wrapped(str(v)) for v in found],
+                    [None if v is None else wrapped(str(v)) for v in told],
                 )
             )
     return table(
-        "Medians over all logged steps. On a machine that others used too they say little.",
+        SPEED_CAPTION,
         ("", *(run.name for run in runs)),
         rows,
     )
@@ -446,6 +425,15 @@ def settings_tables(runs: Sequence[ComparedRun]) -> list[str]:
         elif names:
             parts.append(paragraph(f"All {len(names)} {what} are the same."))
     return parts
+
+
+def all_settings(run: ComparedRun) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in run.environment.get("versions", {}).items() if v)
+    said = paragraph(f"Packages: {versions}.", "soft") if versions else ""
+    config = escape(json.dumps(run.config, indent=2))
+    return (
+        f"{said}<details><summary>Every setting of the run</summary><pre>{config}</pre></details>"
+    )
 
 
 def differing(names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> list[list[str]]:

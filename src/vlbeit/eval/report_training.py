@@ -1,7 +1,7 @@
 """The parts of report.html about the training itself: curves, time, data, machine, settings."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from vlbeit import __version__
 from vlbeit.config import digest, to_dict
 from vlbeit.eval.curves import Line, line_chart
 from vlbeit.eval.evaluate import LoadedRun
-from vlbeit.eval.report_html import key, paragraph, section, table
+from vlbeit.eval.report_html import key, paragraph, percent, section, table
 
 OBJECTIVE_NAMES = {
     "mlm": "MLM: hidden words of texts",
@@ -20,6 +20,7 @@ OBJECTIVE_NAMES = {
     "mvlm_text": "MVLM: hidden words of pairs, image seen",
     "mvlm_image": "MVLM: hidden patches of pairs, text seen",
 }
+SPEED_CAPTION = "Medians over all logged steps. On a machine that others used too they say little."
 
 
 def duration(seconds: float) -> str:
@@ -34,6 +35,31 @@ def duration(seconds: float) -> str:
 
 def trained_seconds(metrics: Sequence[Mapping[str, Any]]) -> float:
     return sum(float(row.get("seconds", 0.0)) + float(row.get("waited", 0.0)) for row in metrics)
+
+
+def speed_rows(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """How fast the logged steps were, for people; None where the log does not say it."""
+
+    def median(name: str) -> float | None:
+        values = [float(row[name]) for row in metrics if row.get(name) is not None]
+        return float(np.median(values)) if values else None
+
+    total = trained_seconds(metrics)
+    waited = sum(float(row.get("waited", 0.0)) for row in metrics)
+    memory = [float(row["memory_mb"]) for row in metrics if "memory_mb" in row]
+    figures: dict[str, tuple[float | None, Callable[[float], str]]] = {
+        "steps logged": (len(metrics), "{:,}".format),
+        "samples a second": (median("samples_per_second"), "{:,.1f}".format),
+        "tokens a second": (median("tokens_per_second"), "{:,.0f}".format),
+        "seconds a step": (median("seconds"), "{:.3f}".format),
+        "share of the machine's matrix limit": (median("limit_share"), percent),
+        "share of the time waiting for data": (waited / total if total else None, percent),
+        "most memory (MB)": (max(memory, default=None), "{:,.0f}".format),
+        "time of all logged steps": (total, duration),
+    }
+    return {
+        name: None if value is None else shown(value) for name, (value, shown) in figures.items()
+    }
 
 
 def curves_part(
@@ -142,6 +168,9 @@ def settings_part(
     parts = []
     if times:
         parts.append(table("Wall time.", (), [[escape(n), t] for n, t in times]))
+    speed = [(name, shown) for name, shown in speed_rows(metrics).items() if shown is not None]
+    if metrics:
+        parts.append(table(f"Speed. {SPEED_CAPTION}", (), speed))
     parts.append(table("Run and machine.", (), rows))
     config = json.dumps(to_dict(run.config), indent=2)
     parts.append(

@@ -35,7 +35,7 @@ def grid_offsets(grid: tuple[int, int]) -> Tensor:
 class RelativeBias(nn.Module):
     """Relative position bias with VLMo's rows, for one layer group.
 
-    Rows of a table, in this order (VLMo, checkpoints.md C1):
+    Rows of a table, in this order (VLMo, docs/convert.md):
         (2R-1)(2C-1)  offsets between patches
         3             [I_CLS] to patch, patch to [I_CLS], [I_CLS] to itself
         2             any word to any patch, any patch to any word

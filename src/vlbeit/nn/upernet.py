@@ -1,6 +1,6 @@
 """UPerNet on a plain Transformer: feature pyramid, segmentation head and auxiliary head.
 
-The task layer of the paper's ADE20K rows (paper.md section 5.5): BEiT's pyramid over four taps of
+The task layer of the paper's ADE20K rows (docs/paper.md 5): BEiT's pyramid over four taps of
 the backbone, UPerNet (arXiv 1807.10221) over the pyramid, and a small convolutional head on its
 third level whose loss is added while training. The numbers are those of `transformers`' BEiT
 pyramid and UperNet heads under the same weights.

@@ -119,6 +119,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--batch-window", type=float, default=0.0, help="its seconds, as for vlbeit serve"
     )
+    parser.add_argument(
+        "--deadline",
+        type=float,
+        default=ServeConfig().deadline,
+        help="of both servers, as for vlbeit serve (default: %(default)g s)",
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch's; 0: as torch chooses")
     parser.add_argument(
         "--device",
@@ -140,6 +146,7 @@ def main(argv: list[str]) -> int:
         "runs": args.runs,
         "mode": mode,
         "batch_window": args.batch_window,
+        "deadline": args.deadline,
         "loads": [load.to_dict() for load in loads],
         "speedup": {str(clients): speedup(loads, clients) for clients in args.clients},
     }
@@ -152,7 +159,7 @@ def main(argv: list[str]) -> int:
 
 def measure(args: argparse.Namespace) -> tuple[str, list[Load]]:
     """The mode that was asked, and a row for each number of clients and batch limit."""
-    shared = ["--batch-window", str(args.batch_window)]
+    shared = ["--batch-window", str(args.batch_window), "--deadline", str(args.deadline)]
     shared += ["--threads", str(args.threads), "--device", args.device]
     found: dict[tuple[int, int], Load] = {}
     with ExitStack() as stack:

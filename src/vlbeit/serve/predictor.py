@@ -3,6 +3,7 @@
     run = vlbeit.load("runs/tiny-vqa")
     run.answer("dog.jpg", "what colour is the dog?")       # [Answer(name="brown", ...), ...]
     run.answer("dog.jpg", ["what is this?", "how many?"])  # a list for each
+    run = vlbeit.load("NAMESPACE/NAME")                    # one that was uploaded to the hub
 
 A picture is a path, encoded bytes, a PIL image or an array (H, W, 3), (H, W, 4) or (H, W) uint8.
 Where a list is given for a picture or a text, a list comes back; a single one beside it goes with
@@ -42,6 +43,7 @@ from vlbeit.eval.downstream import TaskRun, load_task_run
 from vlbeit.eval.evaluate import LoadedRun, load_run
 from vlbeit.eval.vectors import image_vectors, pair_vectors, text_vectors
 from vlbeit.eval.word_attention import Attended, Layer, word_attention
+from vlbeit.hub import is_repository, local_folder
 from vlbeit.jsonfile import read_json
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.upernet import resize
@@ -177,17 +179,34 @@ def lacking_of(run: LoadedRun) -> tuple[str, ...]:
 
 
 def load(
-    place: str | Path, device: str = "auto", log: Callable[[str], None] = warnings.warn
+    place: str | Path,
+    device: str = "auto",
+    log: Callable[[str], None] = warnings.warn,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
 ) -> "Predictor":
-    """A run folder's newest good checkpoint, or a checkpoint.
+    """A run folder's newest good checkpoint, a checkpoint, or a run that was uploaded.
 
     Args:
+        place: a folder, or NAMESPACE/NAME of a hub repository if nothing here has that name.
         device: "cpu", "cuda", or "auto": CUDA if there is one.
         log: is told of damaged checkpoints that were passed over.
+        revision, token, cache_dir, local_files_only: of a repository; see `hub.local_folder`.
 
     Raises:
-        InputError: there is no checkpoint, or it is damaged.
+        InputError: there is no checkpoint, it is damaged, or the repository cannot be reached.
     """
+    if is_repository(str(place)) and not Path(place).exists():
+        place = local_folder(
+            place,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
     checkpoint = find_checkpoint(place, log)
     run: LoadedRun | TaskRun
     if "task" in checkpoint.config:

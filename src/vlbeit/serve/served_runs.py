@@ -193,8 +193,10 @@ def demo_runs(place: Path) -> list[Path]:
 
 
 def name_of(run: Predictor) -> str:
-    """The run folder's own name."""
+    """The run folder's own name, or NAMESPACE/NAME of the repository that it was fetched from."""
     folder = run.run.folder
+    if folder.parent.name == "snapshots":  # in the cache: models--NAMESPACE--NAME/snapshots/COMMIT
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/", 1)
     return (folder.parent.parent if folder.parent.name == "checkpoints" else folder).name
 
 

@@ -1,4 +1,4 @@
-"""Image classification: vision path, mean of the patch vectors, LayerNorm, Linear (paper.md 5.4).
+"""Image classification: vision path, mean of patch vectors, LayerNorm, Linear (docs/paper.md 5).
 
 Records: an image and json {"label": 3, "class": "tench"}; `facts.classes` of dataset.json names
 the classes. Figures: top-1 and top-5, beside the class that training shows most.

@@ -20,7 +20,7 @@ from torch import Tensor
 from vlbeit.errors import NonFiniteError
 
 RerankRule = Literal["sum", "matching"]
-"""How a pair that both encoders saw is scored (paper.md section 5.3): "sum", similarity plus the
+"""How a pair that both encoders saw is scored (docs/paper.md 5): "sum", similarity plus the
 matching score (VLMo), or "matching", the matching score alone (ALBEF)."""
 
 BLOCK_NUMBERS = 1 << 24

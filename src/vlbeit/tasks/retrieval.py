@@ -1,4 +1,4 @@
-"""Image-text retrieval: a dual encoder that proposes, a fused pass that decides (paper.md 5.3).
+"""Image-text retrieval: a dual encoder that proposes, a fused pass that decides (docs/paper.md 5).
 
 Records: an image and json {"captions": [...]}; a sample is one caption with its image.
 

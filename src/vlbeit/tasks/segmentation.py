@@ -1,4 +1,4 @@
-"""Semantic segmentation by UPerNet over four taps of the backbone (paper.md 5.5).
+"""Semantic segmentation by UPerNet over four taps of the backbone (docs/paper.md 5).
 
 Vision path; taps after a third, half, two thirds and all of the blocks (base: 4, 6, 8, 12).
 Records: an image and seg.png, a map of the same size with one class a pixel, 255 = none;

@@ -1,4 +1,4 @@
-"""Is a statement about two pictures true? NLVR2 (paper.md 5.2).
+"""Is a statement about two pictures true? NLVR2 (docs/paper.md 5).
 
 The statement goes through the backbone with the left picture and again with the right one; the two
 [T_CLS], side by side, go to a classifier. Records: left.EXT, right.EXT and json {"statement",

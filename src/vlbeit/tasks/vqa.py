@@ -1,4 +1,4 @@
-"""Visual question answering as classification over a list of answers (paper.md 5.1).
+"""Visual question answering as classification over a list of answers (docs/paper.md 5).
 
 Text and picture go through the backbone together; [T_CLS] -> pooler -> two layers. Records: an
 image and json {"questions": [{"question", "answer", "kind"?, "answers"?: [10 strings],

@@ -1,7 +1,7 @@
 """COCO captions and Flickr30k: official files, and Karpathy's splits of both.
 
 Karpathy's JSON (`dataset_coco.json`, `dataset_flickr30k.json`) has the captions and decides the
-split; its train and restval are training, as in VLMo (paper.md section 4).
+split; its train and restval are training, as in VLMo (docs/paper.md 4).
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Evaluation images that are found among training images.
 
-COCO, Visual Genome and Flickr30k share photos, so a model can have seen its test images
-(design.md, Data). Two images count as the same when their files are equal, or when their
+COCO, Visual Genome and Flickr30k share photos, so a model can have seen its test images.
+Two images count as the same when their files are equal, or when their
 thumbnails are: that survives another size, another shape and another quality of JPEG.
 """
 

@@ -57,7 +57,7 @@ def plan_vqav2(
         questions: v2_OpenEnded_mscoco_*_questions.json; without any, those below `root`.
         annotations: v2_mscoco_*_annotations.json, likewise; test has none.
         trainval: val is training too but for `val_images` images drawn from it, as the peers
-            train for the test server (paper.md 5.1).
+            train for the test server (docs/paper.md 5).
         answers, min_answers: see `QuestionSummary`; counted in train and val, as in VLMo.
 
     Raises:
