@@ -1,6 +1,7 @@
 """Run folders of untrained models as the trainers write them, with logs that look like theirs."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,14 @@ def pretrained_run(run_dir: Path, data: Path = Path("/home/me/private/shades")) 
     return _save(run_dir, config, model, text, visual_tokenizer=VQKDTokenizer(visual, taught))
 
 
-def task_run(run_dir: Path, task: str) -> Path:
-    """A fine-tuned run of the task."""
+def task_run(run_dir: Path, task: str, facts: Mapping[str, Any] | None = None) -> Path:
+    """A fine-tuned run of the task.
+
+    Args:
+        facts: what its task.json holds; None: what this release keeps.
+    """
     shade_words().save(run_dir / "words")
     predictor = untrained(task, run_dir / "words")
     config = replace(predictor.run.config, start="/home/me/private/runs/start")
-    facts = {TASK_FILE: FACTS[task]}
-    return _save(run_dir, config, predictor.model, predictor.run.text, files=facts)
+    kept = {TASK_FILE: FACTS[task] if facts is None else facts}
+    return _save(run_dir, config, predictor.model, predictor.run.text, files=kept)

@@ -43,7 +43,10 @@ def test_rows_are_the_classes_and_columns_what_was_said() -> None:
 
 
 def test_tasks_without_classes_and_too_many_classes_have_none() -> None:
-    assert confusion_of(build_task(CONFIGS["statements"], {"prior": {}}), []) is None
+    assert (
+        confusion_of(build_task(CONFIGS["statements"], {"prior": {}, "most_frequent": False}), [])
+        is None
+    )
     assert confusion_of(named(MOST_CLASSES + 1), []) is None
     assert confusion_of(named(MOST_CLASSES), []) is not None
 

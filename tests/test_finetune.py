@@ -1,6 +1,7 @@
 """`vlbeit finetune` and `vlbeit eval` from end to end on shades of grey: laws of the loop, what a
 run takes from its start, what it refuses, and that both tasks learn."""
 
+import importlib
 import json
 import math
 import shutil
@@ -13,9 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from run_folders import task_run
 from tiny_models import gradients
 from toy_run import losses, rows, training_here
 from toy_tasks import MODEL, TOYS, TRAIN, VAL, toy_config, toy_finetune, write_start, write_tasks
+from untrained_run import FACTS
 from vlbeit.checkpoint import find_checkpoint, list_checkpoints
 from vlbeit.cli import main
 from vlbeit.config import finetune_config, to_dict
@@ -433,6 +436,22 @@ def test_a_fine_tuned_run_is_refused_where_a_pretrained_one_is_needed(start, dat
     assert main(["report", str(run)]) == InputError.exit_code
 
 
+def test_a_run_of_a_release_that_kept_less_of_its_task_is_refused_by_folder_and_name(
+    data, tmp_path, capsys
+):
+    facts = {name: value for name, value in FACTS["vqa"].items() if name != "log_odds"}
+    old = find_checkpoint(task_run(tmp_path / "old", "vqa", facts), print)
+    its_own = replace(finetune_config(old.config), run_dir=str(tmp_path / "old"))
+    with pytest.raises(InputError) as of_resume:
+        finetune(replace(its_own, data=(str(data),)))
+    assert main(["eval", str(old.folder), "--data", str(data)]) == InputError.exit_code
+    for said in (str(of_resume.value), capsys.readouterr().err):
+        assert str(old.folder) in said and "have no log_odds (found answers," in said
+        assert f"vlbeit finetune vqa --start {its_own.start}" in said  # what to do
+    # Nothing else is wrong with such a folder.
+    load_task_run(find_checkpoint(task_run(tmp_path / "whole", "vqa"), print), "cpu")
+
+
 # ------------------------------------------------------------------ the command
 
 
@@ -473,6 +492,7 @@ def test_a_task_is_what_its_facts_say(task, data):
     assert finetune_config(to_dict(config)) == config
     sources = open_task(config.data, f"task:{task}", "train")
     facts = learn_facts(config, sources)
+    assert set(facts) == set(importlib.import_module(TASKS[task]).FACTS)
     text = TextTokenizer.load(data)
     one, other = (
         TaskStream(build_task(config, f), sources, text, config, training=True)

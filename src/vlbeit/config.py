@@ -251,7 +251,8 @@ class LogConfig:
     ledger: Literal["full", "digest"] = "full"
     """Whether ledger.jsonl holds every sample id of a step or one sha256 of them per source."""
     tensorboard: bool = False
-    """Write event files too (needs the `train` extra)."""
+    """Write the rows of metrics.jsonl and eval.jsonl as event files too, to RUN/tensorboard (needs
+    the `train` extra)."""
     keep: int = 3
     """Checkpoints kept; the oldest is removed after a newer one is verified. 0: all."""
 

@@ -57,7 +57,9 @@ class VLBeitConfig(transformers.PreTrainedConfig):
         names = [field.name for field in fields(FINETUNE_CONFIGS[task])]
         tree = {name: getattr(self, name) for name in names if hasattr(self, name)}
         config = finetune_config(tree)
-        return build_task(config, getattr(self, "task_facts", {})).head(network, config.seed)
+        facts = getattr(self, "task_facts", {})
+        origin = self.name_or_path or "this configuration"
+        return build_task(config, facts, origin).head(network, config.seed)
 
 
 @dataclass

@@ -67,7 +67,7 @@ __all__ = [
     "train_scene_tokenizer",
 ]
 
-WORLD_VERSION: Final = 3
+WORLD_VERSION: Final = 4
 """Changes whenever the same (seed, split, index) gives another picture or text."""
 
 CLASSES: Final = tuple(f"{texture} {shape}" for shape in SHAPES for texture in TEXTURES)

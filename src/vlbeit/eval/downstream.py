@@ -55,12 +55,13 @@ def load_task_run(
             says do not touch what was learned (its `eval_settings`).
 
     Raises:
-        InputError: its tensors or task.json are missing or do not fit.
+        InputError: its tensors or task.json are missing or do not fit, or are of a release that
+            kept less.
         ConfigError: a setting of another kind, or a value out of range.
     """
     facts = read_json(checkpoint.folder / TASK_FILE)
     config = finetune_config(checkpoint.config)
-    task = build_task(config, facts)
+    task = build_task(config, facts, str(checkpoint.folder))
     if settings:
         config = with_settings(config, settings, getattr(task, "eval_settings", ()))
         task = build_task(config, facts)

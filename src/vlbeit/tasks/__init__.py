@@ -4,13 +4,15 @@ To add a task NAME:
 
 1. `config.py`: a settings class, a `FinetuneConfig` subclass with `task: Literal["NAME"]` and one
    field of settings called NAME, and its line in FINETUNE_CONFIGS.
-2. `tasks/NAME.py`: a class that satisfies `Task` and two functions,
+2. `tasks/NAME.py`: a class that satisfies `Task`, two functions and a tuple,
 
        learn_facts(config, sources) -> dict        what the training data fixes: names of classes,
                                                    the answer list, a prior. Plain JSON. Saved as
                                                    task.json in every checkpoint, so that `eval`
                                                    needs nothing but the run folder and the data.
        build(config, facts) -> Task
+       FACTS                                       the names in that dict: a run of an older release
+                                                   that lacks one is refused by name.
 
    and its line in TASKS below.
 3. `recipes.py`: entries in FINETUNE["NAME"] for tiny, small and base.
@@ -33,6 +35,7 @@ from torch import nn
 from vlbeit.config import FinetuneConfig
 from vlbeit.data.records import RecordSource
 from vlbeit.data.task_stream import TaskData
+from vlbeit.errors import InputError
 from vlbeit.nn.model import VLBeit
 from vlbeit.types import Modality, Score, TaskBatch
 
@@ -157,9 +160,27 @@ def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict
     return found
 
 
-def build_task(config: FinetuneConfig, facts: Mapping[str, Any]) -> Task:
-    """The task of `config` with what its training data fixed."""
-    task: Task = importlib.import_module(TASKS[config.task]).build(config, dict(facts))
+def build_task(
+    config: FinetuneConfig, facts: Mapping[str, Any], origin: str = "the training data"
+) -> Task:
+    """The task of `config` with what its training data fixed.
+
+    Args:
+        origin: the folder or repository that the facts were read from, for the error.
+
+    Raises:
+        InputError: facts of a release that kept less of them.
+    """
+    module = importlib.import_module(TASKS[config.task])
+    missing = [name for name in module.FACTS if name not in facts]
+    if missing:
+        raise InputError(
+            f"{origin}: its facts of {config.task} have no {', '.join(missing)} (found "
+            f"{', '.join(facts) or 'none'}): an older release wrote it. Train it again into "
+            f"another --run-dir (`vlbeit finetune {config.task} --start {config.start}`), or use "
+            "that release"
+        )
+    task: Task = module.build(config, dict(facts))
     return task
 
 

@@ -24,6 +24,8 @@ from vlbeit.nn.weights import initialise
 from vlbeit.tasks import Figure, Path
 from vlbeit.types import Score, TaskBatch
 
+FACTS = ("classes", "most_frequent")
+"""What `learn_facts` returns."""
 TOP = 5
 
 

@@ -22,6 +22,8 @@ from vlbeit.nn.weights import initialise
 from vlbeit.tasks import Figure, Path
 from vlbeit.types import Score, TaskBatch
 
+FACTS = ("most_frequent",)
+"""What `learn_facts` returns."""
 CLASSES = ("entailment", "neutral", "contradiction")
 
 

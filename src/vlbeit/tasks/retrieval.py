@@ -48,6 +48,8 @@ from vlbeit.tasks.contrast import (
 from vlbeit.tasks.recall import combine, dual_ranks, nearest, reranked
 from vlbeit.types import Score, TaskBatch
 
+FACTS = ()
+"""What `learn_facts` returns: nothing."""
 AT = (1, 5, 10)
 PAIRS = 128
 """Most pairs in one fused pass of the second look."""

@@ -38,6 +38,8 @@ from vlbeit.tasks.segmentation_metrics import IGNORED, confusion_matrix
 from vlbeit.tasks.sliding import Inference, class_probabilities, fill_up, to_floats
 from vlbeit.types import Score, TaskBatch
 
+FACTS = ("classes", "most_frequent")
+"""What `learn_facts` returns."""
 GREY = 128
 """What a picture smaller than the crop is filled up with."""
 LONGEST = 4.0

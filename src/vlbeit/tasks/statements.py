@@ -25,6 +25,8 @@ from vlbeit.nn.weights import initialise
 from vlbeit.tasks import Figure, Path
 from vlbeit.types import Score, TaskBatch
 
+FACTS = ("prior", "most_frequent")
+"""What `learn_facts` returns."""
 SIDES = ("left", "right")
 KINDS_SHOWN = 12
 """Kinds that get a figure of their own: the most frequent ones."""

@@ -35,6 +35,8 @@ from vlbeit.tasks import Figure
 from vlbeit.tasks import Path as Way
 from vlbeit.types import Score, TaskBatch
 
+FACTS = ("answers", "log_odds", "prior", "most_frequent")
+"""What `learn_facts` returns."""
 KINDS_SHOWN = 12
 """Kinds that get a figure of their own: the most frequent ones."""
 

@@ -72,7 +72,7 @@ def _finetune(config: FinetuneConfig, opened: Opened) -> Path:
         facts = read_json(checkpoint.folder / TASK_FILE)
     else:
         facts = learn_facts(config, sources)
-    task = build_task(config, facts)
+    task = build_task(config, facts, str(begin.folder))
     gathers = getattr(task, "gathers", False)
     if gathers:
         check_shares(config, world.size)

@@ -363,7 +363,7 @@ def write_rows(
             f"ranks. Samples: {data.ledger}"
         )
     if data.step % run.config.log.every == 0 or not finite:
-        folder.metrics.append(row)
+        folder.add_metrics(row)
 
 
 def ledger_row(data: StepData[B], kind: str) -> dict[str, Any]:

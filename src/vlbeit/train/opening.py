@@ -36,6 +36,7 @@ from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
 from vlbeit.tensorfile import tensor_bytes
 from vlbeit.train.distributed import World, init_world, set_threads, use_deterministic_kernels
+from vlbeit.train.event_files import EventFiles
 from vlbeit.train.gradients import Gradients, OrderedGradients, SummedGradients
 from vlbeit.train.loop import Learner, Learning, MicroBatch, Progress, Run, train
 from vlbeit.train.optim import load_optimizer_tensors, optimizer_tensors
@@ -366,6 +367,10 @@ def learn(
         if checkpoint is None:
             check_space(opened.run_dir, 3 * parameters)  # weights and two moments
         opened.write_start(progress.step, config)
+        if config.log.tensorboard:
+            # Those of a run that was killed before its first checkpoint are void as a whole.
+            after = progress.step + 1 if checkpoint is not None else 0
+            folder.events = EventFiles(opened.run_dir, after)
         if checkpoint is None:
             for row in first_skips:
                 folder.skips.append({"step": 0, **row})
@@ -436,7 +441,7 @@ def learn(
                 with averaged():
                     found = evaluate()
             if found:
-                folder.evals.append({"step": step, **found})
+                folder.add_evaluation({"step": step, **found})
                 folder.log(held_out_line(step, found))
 
         world.on_main(measure)

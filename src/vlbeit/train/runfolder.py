@@ -3,6 +3,7 @@
 run.lock       held by rank 0; who holds it
 metrics.jsonl  one row a step; ledger.jsonl the sample ids of each step; skips.jsonl what was
                left out and why; eval.jsonl held-out scores; every row has `step`
+tensorboard/   the numbers of metrics.jsonl and eval.jsonl once more, if `log.tensorboard` is on
 log.txt        what the terminal showed
 config.json    the resolved config; env.json versions and machine of the last start
 checkpoints/   see checkpoint.py
@@ -30,6 +31,7 @@ import torch
 
 from vlbeit.data.transforms import jpeg_decoder
 from vlbeit.errors import SaveError
+from vlbeit.train.event_files import EventFiles
 
 LOCK_WAIT = 15.0
 """Seconds a start waits for the lock: the workers of a killed launcher need up to 10 s to leave."""
@@ -149,6 +151,8 @@ class RunFolder:
         self.ledger = JsonLines(self.path / "ledger.jsonl")
         self.skips = JsonLines(self.path / "skips.jsonl")
         self.evals = JsonLines(self.path / "eval.jsonl")
+        self.events: EventFiles | None = None
+        """Set by who wants them; closed with the rest."""
         self._lock_wait = lock_wait
         self._lock = -1
         self._log: int = -1
@@ -224,10 +228,29 @@ class RunFolder:
         """Closes everything and gives the lock back; its file stays (removing it would race)."""
         for rows in (self.metrics, self.ledger, self.skips, self.evals):
             rows.close()
+        if self.events is not None:
+            self.events.close()
+            self.events = None
         for handle in (self._log, self._lock):
             if handle >= 0:
                 os.close(handle)
         self._log = self._lock = -1
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics.jsonl, and of the event files where there are any.
+
+        Raises:
+            SaveError: the disk is full or a file cannot be written.
+        """
+        self.metrics.append(row)
+        if self.events is not None:
+            self.events.add("train", row)
+
+    def add_evaluation(self, row: Mapping[str, Any]) -> None:
+        """The same of eval.jsonl."""
+        self.evals.append(row)
+        if self.events is not None:
+            self.events.add("held_out", row)
 
     def truncate_after(self, step: int) -> None:
         """Cuts the rows after `step` (-1: all) from the four files, and says so."""
@@ -241,6 +264,8 @@ class RunFolder:
         """Puts all rows on the disk."""
         for rows in (self.metrics, self.ledger, self.skips, self.evals):
             rows.sync()
+        if self.events is not None:
+            self.events.sync()
 
     def log(self, text: str) -> None:
         """One line to the terminal and, with the time, to log.txt.
