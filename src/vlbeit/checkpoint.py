@@ -32,6 +32,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from vlbeit import hub
 from vlbeit.config import FinetuneConfig, PretrainConfig
 from vlbeit.config import digest as config_digest
 from vlbeit.data.transforms import picture_path
@@ -580,8 +581,31 @@ def find_checkpoint(place: str | Path, log: Log) -> Checkpoint:
         return open_checkpoint(place)
     checkpoint = load_newest(place, log)
     if checkpoint is None:
-        raise InputError(f"{place}: no checkpoint here; expected a run folder or a checkpoint")
+        raise InputError(
+            f"{place}: no checkpoint here; expected a run folder or a checkpoint{_instead(place)}"
+        )
     return checkpoint
+
+
+def _instead(place: Path) -> str:
+    """What to do with a folder of weights that is no checkpoint, or a name of the hub."""
+    if hub.is_repository(str(place)) and not place.exists():
+        return (
+            f". Of a repository of the hub give the folder that "
+            f"vlbeit.hub.local_folder({str(place)!r}) fetches"
+        )
+    if not (place / hub.CONFIG).is_file():
+        return ""
+    if "model" in read_json(place / hub.CONFIG):
+        return (
+            ". These are the weights of a model alone, as save_pretrained writes them, without "
+            f"tokenizers and {MANIFEST}: give the run that they come from, or what "
+            "`vlbeit export hf RUN OUT` makes of it"
+        )
+    return (
+        ". This looks like a folder of transformers: `vlbeit convert LAYOUT FOLDER --out RUN` "
+        "makes a run of one whose layout it knows"
+    )
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -683,8 +707,12 @@ def _verified_manifest(path: Path, problems: list[str]) -> dict[str, Any] | None
 
 
 def _found(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    inside = path.resolve().is_relative_to(folder.resolve())
+    path, home = folder / name, folder.resolve()
+    places = [home]
+    if home.parent.name == "snapshots":
+        # The cache of huggingface-hub: every file of a snapshot is a link to a blob beside it.
+        places.append(home.parent.parent / "blobs")
+    inside = any(path.resolve().is_relative_to(place) for place in places)
     if not (inside and (path.is_file() or not path.exists())):
         # A stranger's manifest may name a device or a file elsewhere.
         return {"found_size": None, "found_sha256": None, "error": "not a file of this folder"}

@@ -135,7 +135,9 @@ def sizes_of(names: BeitNames, tensors: Mapping[str, Tensor], origin: str, heads
         side = square_side(rows - 3, "the table of relative positions", origin)
         grid, counted = (side + 1) // 2, columns
         if heads not in (0, counted):
-            raise ConfigError(f"--heads {heads}: the table of {origin} is for {counted} heads")
+            raise ConfigError(
+                f"{origin}: {tables[0]} is for {counted} heads, --heads or config.json says {heads}"
+            )
         heads = counted
     elif names.positions not in tensors:
         raise InputError(

@@ -228,6 +228,18 @@ def check(config: HfConfig, tensors: Mapping[str, Tensor]) -> None:
     config.expect("hidden_act", "gelu")
     if "classifier.weight" in tensors:
         config.expect("use_mean_pooling", True)
+    for flag, name in (
+        ("use_absolute_position_embeddings", HF.positions),
+        ("use_shared_relative_position_bias", HF.shared_table),
+        ("use_relative_position_bias", HF.layer_table.format(0)),
+    ):
+        # Positions are optional in a BEiT: without the flag a lost table would not be missed.
+        if bool(config.tree.get(flag, False)) != (name in tensors):
+            found = f"there is {name}" if name in tensors else f"missing {name}"
+            raise InputError(
+                f"{config.path}: {flag} is {config.tree.get(flag, False)!r}, but of the weights: "
+                f"{found}; give the config.json that belongs to them"
+            )
     size: Any = config.tree.get("image_size")
     if isinstance(size, list) and size[0] != size[-1]:
         raise InputError(
