@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from vector_quantize_pytorch import VectorQuantize
 
 from vlbeit.draws import Draws
 from vlbeit.tokens.quantizer import CosineCodebook, code_use
@@ -33,6 +34,26 @@ def test_lookup_is_the_nearest_code_by_distance(
     z = units(gen, 5, 7)
     far = torch.cdist(z.reshape(-1, WIDTH).double(), codebook.weight.double())
     assert torch.equal(codebook.lookup(z), far.argmin(dim=-1).reshape(5, 7))
+
+
+def test_lookup_names_the_codes_that_vector_quantize_pytorch_names(gen: torch.Generator) -> None:
+    """Assignments alone: its update averages running sums before it normalises, unilm's does not.
+
+    Its vectors are not of length one, as an encoder's are not.
+    """
+    codebook = CosineCodebook(200, WIDTH)
+    codebook.start_random(Draws("peer"))
+    z = torch.randn(3, 500, WIDTH, generator=gen) * torch.rand(3, 500, 1, generator=gen)
+    theirs = VectorQuantize(WIDTH, codebook_size=200, use_cosine_sim=True).eval()
+    theirs._codebook.embed.copy_(codebook.weight[None])
+    vectors, codes, _ = theirs(z)
+    found = codebook(z)
+    assert torch.equal(found.codes, codes)
+    assert float((found.vectors - vectors).abs().max()) <= 1e-5
+    assert len(codes.unique()) > 150
+    # A codebook whose length is left in the product names others.
+    lengths = torch.linspace(0.5, 2, 200)[:, None]
+    assert not torch.equal((z @ (codebook.weight * lengths).T).argmax(dim=-1), codes)
 
 
 def test_update_is_the_closed_form_of_norm_ema(
