@@ -17,8 +17,8 @@ if "keep" in sys.argv:
     from vlbeit.allocator import keep_freed_memory
     print(keep_freed_memory())
 def step():
-    # 2 blocks of 40 MB: above 32 MB glibc never takes them from the heap by itself
-    return [torch.ones(10_000_000) for _ in range(2)]
+    # 4 blocks of 40 MB: above 32 MB glibc never takes them from the heap by itself
+    return [torch.ones(10_000_000) for _ in range(4)]
 for _ in range(3):
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -431,11 +431,6 @@ def test_settings_out_of_range_are_refused(task, settings, named, start, data, t
     assert not list_checkpoints(tmp_path / "run")
 
 
-def test_a_fine_tuned_run_is_refused_where_a_pretrained_one_is_needed(start, data, tmp_path):
-    run = toy_finetune("vqa", start, data, tmp_path / "run", {"max_steps": 1})
-    assert main(["report", str(run)]) == InputError.exit_code
-
-
 def test_a_run_of_a_release_that_kept_less_of_its_task_is_refused_by_folder_and_name(
     data, tmp_path, capsys
 ):

@@ -83,8 +83,10 @@ class Backbone(nn.Module):
         """The tokens that the blocks work on: (B, L, D) as they are, or (T, D) without the padding,
         where there is enough of it and the number of tokens may differ from step to step."""
         valid = states.valid
-        fixed_shapes = self.blocks[0].static_shapes or torch.compiler.is_exporting()
-        if valid is None or not len(valid) or valid.device.type != "cpu" or fixed_shapes:
+        # Asked first: the length of a batch, once looked at, is a constant of an exported graph.
+        if torch.compiler.is_exporting() or any(block.static_shapes for block in self.blocks):
+            return states.x, None
+        if valid is None or valid.device.type != "cpu" or not len(valid):
             return states.x, None
         packing = Packing.of(valid, states.route, grouped=self.relative_bias is None)
         if len(packing.places) > (1 - PACKED_FROM) * valid.numel():
