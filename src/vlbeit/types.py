@@ -10,6 +10,7 @@ Names: `valid` is True at a real token, `masked` is True at what is hidden from 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Literal, NamedTuple
@@ -96,14 +97,14 @@ class Batch:
             padded=self.word_valid is not None and not bool(self.word_valid.all()),
         )
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+        return replace(self, **mapped_tensors(self, change))
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`, and counted."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, known=self.known or self.count(), **moved)
+        known = self.known or self.count()
+        return replace(self.mapped(lambda t: t.to(device, non_blocking=True)), known=known)
 
     def with_codes(self, codes: Tensor) -> Batch:
         """The same batch with the visual tokenizer's answer, (B, P) int64."""
@@ -156,15 +157,14 @@ class TaskBatch:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The same batch with every tensor changed."""
+        targets = {name: change(value) for name, value in self.targets.items()}
+        return replace(self, targets=targets, **mapped_tensors(self, change))
+
     def to(self, device: torch.device | str) -> TaskBatch:
         """The same batch with every tensor on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        targets = {k: v.to(device, non_blocking=True) for k, v in self.targets.items()}
-        return replace(self, targets=targets, **moved)
+        return self.mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
     def image(self, number: int = 0) -> Tensor:
         """(B, 3, height, width): one image of every sample.
@@ -191,6 +191,11 @@ class TaskBatch:
     def padding(self) -> int:
         """Places of texts that hold no token and are computed all the same."""
         return 0 if self.word_valid is None else int((~self.word_valid).sum())
+
+
+def mapped_tensors(batch: Batch | TaskBatch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The fields of a batch that are tensors, changed."""
+    return {name: change(value) for name, value in vars(batch).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, kw_only=True)

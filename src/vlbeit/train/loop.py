@@ -12,9 +12,9 @@ so micro-batches, ranks and accumulation change nothing but rounding.
 import contextlib
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from vlbeit.nn.linear import RoundedWeights, autocast
 from vlbeit.nn.model import VLBeit
 from vlbeit.train.distributed import World
 from vlbeit.train.empty_batch import fill_gaps
+from vlbeit.train.feed import Movable, closing, feed
 from vlbeit.train.gradients import Gradients
 from vlbeit.train.memory import ActivationMemory, memory_mb
 from vlbeit.train.optim import lr_at, set_lr
@@ -34,16 +35,13 @@ from vlbeit.train.signals import StopSignal
 from vlbeit.types import Score
 
 
-class MicroBatch(Protocol):
+class MicroBatch(Movable, Protocol):
     """What the loop asks of a micro-batch."""
 
     @property
     def stream(self) -> str: ...
 
     def __len__(self) -> int: ...
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same on a device."""
 
     def padding(self) -> int:
         """Places that hold no token and are computed all the same."""
@@ -151,16 +149,13 @@ def train(run: Run[B]) -> None:
     first = progress.step + 1
     started, saved = time.perf_counter(), progress.step
     steps = run.loader.steps(progress.cursors, first, config.max_steps)
-    for data in closing(steps):
+    for fed in closing(feed(steps, world.device, config.input.loader_timeout)):
+        data, parts = fed.data, fed.parts
         began = time.perf_counter()
         lr = lr_at(data.step, config.optim)
         set_lr(run.optimizer, lr)
 
         # ---- forward and backward: one micro-batch after the other
-        parts = {
-            number: [None if batch is None else batch.to(world.device) for batch in part]
-            for number, part in data.parts.items()
-        }
         batches = [batch for part in parts.values() for batch in part if batch is not None]
         factors, skipped = global_factors(run, batches, data)
         table = torch.zeros(
@@ -235,16 +230,6 @@ def train(run: Run[B]) -> None:
                 f"stopped by {run.stop.name or 'a signal to another rank'} after step {data.step}; "
                 f"saved as step {saved}. Run the same command again to go on."
             )
-
-
-def closing(steps: Iterator[StepData[B]]) -> Iterator[StepData[B]]:
-    """The steps; the loader behind them is closed however the loop ends."""
-    try:
-        yield from steps
-    finally:
-        close = getattr(steps, "close", None)
-        if close is not None:
-            close()
 
 
 def flag_over_ranks(world: World, flag: bool) -> int:
