@@ -20,6 +20,9 @@ from vlbeit.config import LogConfig, RetrievalConfig, RuntimeConfig, TokenizersC
 from vlbeit.data.scenes import draw_scene
 from vlbeit.errors import ConfigError
 from vlbeit.recipes import tiny
+from vlbeit.serve.gallery import open_gallery
+from vlbeit.serve.served_runs import open_runs
+from vlbeit.tasks.retrieval_index import Index
 from vlbeit.train.demo import (
     EVALUATIONS,
     PHASES,
@@ -132,6 +135,27 @@ def test_the_last_words_are_the_command_that_opens_the_page(demo):
 
 
 @pytest.mark.slow
+def test_the_page_of_a_demo_searches_its_held_out_scenes_wherever_the_folder_is(demo, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(demo, moved)
+    held_out = open_gallery("image", demo / "scenes").ids
+    said = []
+    for folder in (demo, moved):
+        served = open_runs([str(folder)], log=said.append)
+        assert served.index.ids == held_out and len(held_out) > 5
+        assert served.gallery.place == folder / "scenes"
+        assert served.thumbnail(0).startswith(b"\xff\xd8")
+        found = served.answering["search"].search(served.index, text="a red square", top=3)
+        assert {entry.id for entry in found} <= set(held_out)
+    assert not [line for line in said if "left out" in line]
+
+    index = replace(Index.load(moved / "index"), model="0" * 64)
+    shutil.rmtree(moved / "index")
+    index.save(moved / "index")
+    assert "search" not in open_runs([str(moved)], log=said.append).answering
+    assert "moved/index" in said[-1] and "not served (000000000000): left out" in said[-1]
+
+
 def test_every_task_has_its_promised_figure_beside_its_baseline(demo):
     found = metrics(demo)["tasks"]
     assert {name: [key for key in entry if key in PROMISED] for name, entry in found.items()} == {

@@ -1,13 +1,13 @@
 """The runs of one server: which of them answers what, and what they say about themselves.
 
-A run given may be pretrained or fine-tuned, or a demo folder, which stands for its pretrained run
-and every finished run of its tasks. A mode (a method of the Predictor) is answered by the first
-run that has it.
+A run given may be pretrained or fine-tuned, or a demo folder, which stands for its pretrained run,
+every finished run of its tasks and the index of its held-out scenes. A mode (a method of the
+Predictor) is answered by the first run that has it.
 """
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from vlbeit.tasks.classification import Classification
 from vlbeit.tasks.retrieval_index import Index
 from vlbeit.tasks.segmentation import Segmentation
 
-PRETRAIN_FOLDER, TASKS_FOLDER = "pretrain", "tasks"
+PRETRAIN_FOLDER, TASKS_FOLDER, SCENES_FOLDER, INDEX_FOLDER = "pretrain", "tasks", "scenes", "index"
 """Of a demo folder."""
 THUMBNAIL = 256
 """Pixels of the longer side of a picture of the index."""
@@ -147,7 +147,10 @@ def open_runs(
     """Load every run of the places, and the index.
 
     Args:
-        log: is told of damaged checkpoints and of a demo's unfinished tasks, which are left out.
+        index: a folder written by `vlbeit index`; None: that of the first demo folder which has
+            one.
+        log: is told of damaged checkpoints, and of a demo's unfinished tasks and outdated index,
+            which are left out.
 
     Raises:
         InputError: a place holds no run, or the index fits none of them.
@@ -165,10 +168,27 @@ def open_runs(
                 log(f"{part}: at step {run.run.step} of {last}, not finished: left out")
             else:
                 runs.append(run)
-    if index is None:
+    made = demo_index(places, runs, log) if index is None else Index.load(index)
+    if made is None:
         return ServedRuns(runs=tuple(runs))
-    made = Index.load(index)
-    return ServedRuns(runs=tuple(runs), index=made, gallery=pictures_of(made, index, log))
+    gallery = pictures_of(made, index or made.place, log)
+    return ServedRuns(runs=tuple(runs), index=made, gallery=gallery)
+
+
+def demo_index(
+    places: Sequence[str], runs: Sequence[Predictor], log: Callable[[str], None]
+) -> Index | None:
+    """The index of the first demo folder that has one, with the scenes of that folder, wherever it
+    has been moved to; None: there is none, or its model is not served."""
+    for place in places:
+        folder = Path(place) / INDEX_FOLDER
+        if not demo_runs(Path(place)) or not folder.is_dir():
+            continue
+        made = Index.load(folder)
+        if any(run.digest == made.model for run in runs):
+            return replace(made, place=str(Path(place) / SCENES_FOLDER))
+        log(f"{folder}: made by a model that is not served ({made.model[:12]}): left out")
+    return None
 
 
 def pictures_of(index: Index, place: str, log: Callable[[str], None]) -> Gallery | None:

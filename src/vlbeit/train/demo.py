@@ -9,6 +9,7 @@ vlbeit demo --run-dir runs/demo --tasks segmentation    one more; what is done s
     scenes/        the drawn world and its text tokenizer
     pretrain/      the run folder, the visual tokenizer included
     tasks/vqa/     the run folder of a task; so for each
+    index/         the held-out scenes as the retrieval run sees them, for the page's search
 
 It ends with the command that serves all of them on a page (`vlbeit serve`). On two CPU cores
 it takes about 20 minutes with VQA and retrieval (docs/results.md).
@@ -48,6 +49,11 @@ from vlbeit.eval.report_tasks import TaskResult, headline_rows
 from vlbeit.eval.report_training import duration
 from vlbeit.eval.run_rows import read_rows
 from vlbeit.recipes import tiny
+from vlbeit.serve.gallery import open_gallery
+from vlbeit.serve.predictor import load
+from vlbeit.serve.search import build
+from vlbeit.serve.served_runs import INDEX_FOLDER, PRETRAIN_FOLDER, SCENES_FOLDER, TASKS_FOLDER
+from vlbeit.tasks.retrieval_index import Index
 from vlbeit.train.demo_tasks import (
     DEFAULT_TASKS,
     DRAWN_TASKS,
@@ -76,6 +82,7 @@ PHASES = {
     "pretrain": "pretrain",
     "evaluate": "evaluate on held-out scenes",
     **{f"finetune_{task}": f"fine-tune: {words}" for task, words in DRAWN_TASKS.items()},
+    "index": "index the held-out scenes",
     "report": "write the report",
 }
 """In their order; what a phase does, in words. Fine-tuning includes the task's evaluation."""
@@ -152,8 +159,8 @@ def run_demo(
     every = evaluation_steps(config.max_steps)
     config = replace(
         config,
-        run_dir=str(folder / "pretrain"),
-        data=(str(folder / "scenes"),),
+        run_dir=str(folder / PRETRAIN_FOLDER),
+        data=(str(folder / SCENES_FOLDER),),
         log=replace(config.log, eval_every=every),
     )
     validate(config)
@@ -163,22 +170,27 @@ def run_demo(
     with RunFolder(folder) as demo:
         planned = {name for name in PHASES if not name.startswith("finetune_")}
         planned |= {f"finetune_{name}" for name in asked}
+        if "retrieval" not in asked:
+            planned.discard("index")
         clock = PhaseClock(folder / "phases.json", planned, demo.log)
         console = Console(width=None if sys.stdout.isatty() else 120)
         with clock.phase("prepare"):
-            prepare(folder / "scenes", count, config.seed, demo)
+            prepare(folder / SCENES_FOLDER, count, config.seed, demo)
         with clock.phase("visual_tokenizer"):
             train_tokenizers(config, demo)
         with clock.phase("pretrain"), own_signals():
             pretrain(config)
         with clock.phase("evaluate"):
-            run = load_run(folder / "pretrain", config.device, demo.log)
+            run = load_run(folder / PRETRAIN_FOLDER, config.device, demo.log)
             evaluation = evaluate_run(run, config.data)
             show(evaluation, console)
         results = fine_tune(folder, config, asked, clock, demo)
+        if any(result.evaluation["task"] == "retrieval" for result in results):
+            with clock.phase("index"):
+                index_scenes(folder, config.device, demo.log)
         with clock.phase("report"):
             write_report(
-                folder / "pretrain",
+                folder / PRETRAIN_FOLDER,
                 evaluation,
                 folder / "report.html",
                 run=run,
@@ -186,8 +198,8 @@ def run_demo(
                 tasks=results,
                 title="VL-BEiT in a drawn world",
             )
-        evals = read_rows(folder / "pretrain" / "eval.jsonl")
-        env = json.loads((folder / "pretrain" / "env.json").read_text())
+        evals = read_rows(folder / PRETRAIN_FOLDER / "eval.jsonl")
+        env = json.loads((folder / PRETRAIN_FOLDER / "env.json").read_text())
         metrics = metrics_of(evaluation, results, evals, run.config, clock.seconds, env)
         write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1).encode() + b"\n")
         console.print(result_table(evaluation, results, console.width))
@@ -231,13 +243,27 @@ def fine_tune(
                 with own_signals():
                     train_task(asked[name], start_of(name, folder, demo.log), demo.log)
             else:
-                demo.log(f"done by an earlier command: {folder / 'tasks' / name}")
-            results.append(measure_task(folder / "tasks" / name, config.device, demo.log))
+                demo.log(f"done by an earlier command: {folder / TASKS_FOLDER / name}")
+            results.append(measure_task(folder / TASKS_FOLDER / name, config.device, demo.log))
             for line, found in headline_rows(results[-1].evaluation):
                 demo.log(
                     f"{line.words} {percent(found)}, without looking {percent(found['baseline'])}"
                 )
     return results
+
+
+def index_scenes(folder: Path, device: str, log: Callable[[str], None]) -> None:
+    """What the page searches: the held-out scenes, by the demo's retrieval run as it is now."""
+    run = load(folder / TASKS_FOLDER / "retrieval", device, log)
+    place = folder / INDEX_FOLDER
+    if place.is_dir():
+        if Index.load(place).model == run.digest:
+            return
+        shutil.rmtree(place)
+    index, skipped = build(run, open_gallery("image", folder / SCENES_FOLDER), log)
+    index.save(place)
+    left_out = f"; left out {len(skipped)}, the first: {skipped[0]}" if skipped else ""
+    log(f"{len(index.ids)} pictures: {place}{left_out}")
 
 
 def result_table(evaluation: Mapping[str, Any], results: Sequence[TaskResult], width: int) -> Table:

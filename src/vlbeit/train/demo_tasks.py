@@ -20,6 +20,7 @@ from vlbeit.eval.downstream import TaskRun, evaluate_task
 from vlbeit.eval.report_tasks import TaskResult, headline_rows
 from vlbeit.recipes import FINETUNE
 from vlbeit.serve.predictor import load
+from vlbeit.serve.served_runs import PRETRAIN_FOLDER, SCENES_FOLDER, TASKS_FOLDER
 from vlbeit.serve.task_examples import task_examples
 from vlbeit.train.finetune import finetune
 
@@ -85,9 +86,9 @@ def in_demo(config: FinetuneConfig, folder: Path, pretraining: PretrainConfig) -
     """A task's recipe as a part of the demo in `folder`: its start, data, seed and machine."""
     return replace(
         config,
-        run_dir=str(folder / "tasks" / config.task),
-        start=str(folder / "pretrain"),
-        data=(str(folder / "scenes"),),
+        run_dir=str(folder / TASKS_FOLDER / config.task),
+        start=str(folder / PRETRAIN_FOLDER),
+        data=(str(folder / SCENES_FOLDER),),
         seed=pretraining.seed,
         device=pretraining.device,
         precision=pretraining.precision,
@@ -133,7 +134,7 @@ def start_of(task: str, folder: Path, log: Log) -> Checkpoint:
         InputError: there is none yet.
     """
     on = GOES_ON_FROM.get(task)
-    return find_checkpoint(folder / "tasks" / on if on else folder / "pretrain", log)
+    return find_checkpoint(folder / TASKS_FOLDER / on if on else folder / PRETRAIN_FOLDER, log)
 
 
 def starts_from(run: Checkpoint, begin: Checkpoint) -> bool:
@@ -159,7 +160,7 @@ def finished_tasks(folder: Path, log: Log) -> list[str]:
     """Tasks of an earlier command that are done and started from where the demo is now."""
     found: list[str] = []
     for name in DRAWN_TASKS:
-        run = load_newest(folder / "tasks" / name, log)
+        run = load_newest(folder / TASKS_FOLDER / name, log)
         if (
             run is not None
             and GOES_ON_FROM.get(name, name) in (*found, name)
@@ -174,7 +175,7 @@ def measure_task(run_dir: Path, device: str, log: Log) -> TaskResult:
     """Held-out figures and examples of a task's run."""
     run = load(run_dir, device, log)
     assert isinstance(run.run, TaskRun)
-    data = [str(run_dir.parent.parent / "scenes")]  # where they are, if the demo was moved
+    data = [str(run_dir.parent.parent / SCENES_FOLDER)]  # where they are, if the demo was moved
     return TaskResult(
         evaluation=evaluate_task(run.run, data),
         examples=task_examples(run, EXAMPLES.get(run.trained_for, MOST_EXAMPLES), data),
