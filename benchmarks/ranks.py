@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vlbeit.allocator import keep_freed_memory
 from vlbeit.config import PretrainConfig
 from vlbeit.nn.model import VLBeit
 from vlbeit.objectives import OBJECTIVES, count_targets, score_batch
@@ -63,6 +64,7 @@ class Touching(nn.Module):
 
 def rank_main(args: argparse.Namespace) -> None:
     """One process: prints a JSON line of its medians."""
+    keep_freed_memory()  # as a run does
     world = init_world("cpu", 600)
     torch.set_num_threads(1)
     use_deterministic_kernels()
