@@ -1,6 +1,6 @@
 """Draw docs/figures/code-pictures.png: pictures, and below them what tokenizers' codes decode to.
 
-    python docs/figures/code_pictures.py --pictures FILE ... --tokenizers "pixels, 1,024=RUN/visual" ...
+    python docs/figures/code_pictures.py --pictures FILE ... --tokenizers "pixels=RUN/visual" ...
 
 The pictures must be free to show; those of the page are of openclipart (public domain).
 """
