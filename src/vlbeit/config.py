@@ -423,6 +423,10 @@ class SegmentationConfig:
     max_share: float = 0.75
     """A crop of which one class takes more than this share is drawn again, at most ten times;
     1: never."""
+    balance: float = 0.0
+    """How far the loss weighs rare classes up, from 0 (every pixel alike) to 1 (median frequency
+    balancing, Eigen & Fergus 2015; SegNet on CamVid): a weight is (median frequency / that of the
+    class) to this power. The mean weight of training's pixels stays 1."""
     inference: Literal["whole", "slide"] = "slide"
     """Evaluation in one pass over the picture, or by windows that overlap."""
     stride: float = 2 / 3
