@@ -133,7 +133,8 @@ def test_the_temperature_learns_and_low_precision_is_left_outside():
 # -- hard negatives --------------------------------------------------------------------------
 
 
-def test_hard_negatives_follow_the_softmax_and_avoid_the_own_image():
+@pytest.mark.parametrize("hardness", [1.0, 0.5, 0.0])
+def test_hard_negatives_follow_the_softmax_and_avoid_the_own_image(hardness):
     gen = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 7, generator=gen) * 2
     same = torch.zeros(3, 7, dtype=torch.bool)
@@ -144,12 +145,16 @@ def test_hard_negatives_follow_the_softmax_and_avoid_the_own_image():
             logits[row].expand(rows, -1),
             same[row].expand(rows, -1),
             keyed_uniforms([f"s:{i}" for i in range(rows)], 0, "hard", row),
+            hardness,
         )
         share = torch.bincount(drawn, minlength=7) / rows
-        expected = logits[row].masked_fill(same[row], float("-inf")).softmax(dim=0)
+        expected = (hardness * logits[row]).masked_fill(same[row], float("-inf")).softmax(dim=0)
         assert (share[same[row]] == 0).all()
         assert (share - expected).abs().max() < 4 * (0.25 / rows) ** 0.5
-    assert (share - logits[2].softmax(dim=0)).abs().max() > 4 * (0.25 / rows) ** 0.5
+    # Negative control: the same draws are not those of another hardness.
+    other = 1.0 if hardness < 1 else 0.0
+    wrong = (other * logits[2]).masked_fill(same[2], float("-inf")).softmax(dim=0)
+    assert (share - wrong).abs().max() > 4 * (0.25 / rows) ** 0.5
 
 
 def test_a_draw_depends_on_its_sample_and_its_scores_alone():

@@ -31,7 +31,7 @@ from vlbeit.jsonfile import read_json
 from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import TASKS, build_task, learn_facts, reached
 from vlbeit.tokens.text import TextTokenizer
-from vlbeit.train.finetune import finetune
+from vlbeit.train.finetune import begin_weights, finetune
 from vlbeit.train.opening import TRAINED, RunningMean
 
 every_task = pytest.mark.parametrize("task", TOYS)
@@ -149,6 +149,27 @@ def test_the_trunk_is_the_starts_and_the_head_is_fresh(task, start, data, tmp_pa
         torch.testing.assert_close(after[name], before[name], msg=name)
     assert f"{len(trunk)} tensors taken" in told
     assert "4 dropped: heads.mim.bias" in told and "fresh: task." in told
+
+
+@pytest.mark.parametrize("fact", ["most_frequent", "classes"])
+def test_a_head_is_taken_where_its_outputs_mean_the_same(fact, start, data, tmp_path):
+    """Other counts of the same classes leave the head; other names of as many classes do not."""
+    first = toy_finetune("classification", start, data, tmp_path / "first", {"max_steps": 1})
+    begin = find_checkpoint(first, print)
+    facts = read_json(begin.folder / "task.json")
+    facts[fact] = facts[fact] + 1 if fact == "most_frequent" else facts[fact][::-1]
+    config = toy_config("classification")
+    task = build_task(config, facts)
+    model = VLBeit(config.model)
+    model.put_on(task.head(model, 7))
+    fresh = {name: x.clone() for name, x in model.state_dict().items()}
+    begin_weights(config, model, task, begin)
+    saved = begin.model_tensors()
+    head = [name for name in fresh if name.startswith("task.")]
+    wanted, other = (saved, fresh) if fact == "most_frequent" else (fresh, saved)
+    for name in head:
+        assert torch.equal(model.state_dict()[name], wanted[name]), name
+    assert any(not torch.equal(wanted[name], other[name]) for name in head)  # negative control
 
 
 def test_from_scratch_nothing_but_the_shape_is_the_starts(start, data, tmp_path, capsys):

@@ -119,9 +119,11 @@ def fused_logit(
 # -- learning --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("repeated", ["positives", "masked"])
-def test_both_losses_equal_their_definition_pair_by_pair(repeated):
-    made = task(repeated=repeated)
+@pytest.mark.parametrize(
+    ("repeated", "hardness"), [("positives", 1.0), ("masked", 1.0), ("positives", 0.25)]
+)
+def test_both_losses_equal_their_definition_pair_by_pair(repeated, hardness):
+    made = task(repeated=repeated, hardness=hardness)
     model, head = ready(made)
     batch = make_batch()
     found = made.score(model, head, batch)
@@ -131,7 +133,7 @@ def test_both_losses_equal_their_definition_pair_by_pair(repeated):
     assert torch.allclose(found["contrast"].loss_sum, expected.score.loss_sum, atol=1e-4)
     losses, right = [], 0
     rivals = {
-        kind: draw_hard(logits, expected.same, keyed_uniforms(batch.sample_ids, 0, kind))
+        kind: draw_hard(logits, expected.same, keyed_uniforms(batch.sample_ids, 0, kind), hardness)
         for kind, logits in (
             ("hard text", expected.text_logits),
             ("hard image", expected.image_logits),
@@ -445,6 +447,8 @@ def test_samples_are_captions_and_share_their_images_number(tmp_path):
     [
         ({"matching": -1.0}, "retrieval.matching must be 0"),
         ({"rerank": -1}, "retrieval.rerank must be 0"),
+        ({"hardness": -0.5}, "retrieval.hardness must be 0"),
+        ({"matching": 0.0, "rerank": 0, "hardness": 0.0}, "leave retrieval.hardness at 1"),
         ({"matching": 0.0, "rerank": 8}, "set retrieval.rerank to 0"),
     ],
 )

@@ -11,6 +11,7 @@ from tiny_models import fill_normal
 from tiny_tasks import (
     CLASSES,
     CONFIGS,
+    TRAIN,
     batch_of,
     block_picture,
     png,
@@ -32,6 +33,7 @@ from vlbeit.nn.model import VLBeit
 from vlbeit.tasks import build_task, learn_facts
 from vlbeit.tasks.segmentation import (
     Segmentation,
+    class_weights,
     largest_share,
     scaled,
     tap_layers,
@@ -221,6 +223,54 @@ def test_pixels_without_a_class_teach_nothing(data):
     nothing.loss_sum.backward()  # there still is a gradient, of zeros
 
 
+def test_full_balance_weighs_classes_by_the_median_frequency_of_the_maps_that_show_them(data):
+    """The weights beside a count over whole maps, and the loss beside a sum pixel by pixel."""
+    made, stream, model = toy_task("segmentation", data, {"segmentation.balance": 1.0})
+    maps = [block_picture(i)[1].ravel() for i in range(TRAIN)]
+    share = [
+        sum((m == k).sum() for m in maps) / sum((m != 255).sum() for m in maps if (m == k).any())
+        for k in range(len(CLASSES))
+    ]
+    pixels = np.bincount(np.concatenate(maps), minlength=256)[: len(CLASSES)]
+    wanted = np.median(share) / np.array(share)
+    wanted *= pixels.sum() / (pixels * wanted).sum()
+    np.testing.assert_allclose(made.facts["class_weights"], wanted, rtol=1e-12)
+    assert wanted[0] < 0.8 < 1.2 < wanted[1:].min()  # most of a picture is ground
+
+    fill_normal(model)
+    batch = batch_of(stream, "segmentation", [0, 1, 2])
+    plain, _, _ = toy_task("segmentation", data)
+    found, even = (task.score(model, model.task, batch)["segmentation"] for task in (made, plain))
+    by_class = []
+    for k in range(len(CLASSES)):
+        only = replace(batch, targets=dict(batch.targets))
+        only.targets["map"] = torch.where(
+            batch.targets["map"] == k, batch.targets["map"], torch.tensor(255, dtype=torch.uint8)
+        )
+        by_class.append(
+            float(plain.score(model, model.task, only)["segmentation"].loss_sum.detach())
+        )
+    assert float(found.loss_sum.detach()) == pytest.approx(
+        float(np.dot(by_class, wanted)), rel=1e-5
+    )
+    assert float(even.loss_sum.detach()) == pytest.approx(sum(by_class), rel=1e-5)
+    assert float(found.loss_sum.detach()) != pytest.approx(
+        sum(by_class), rel=1e-2
+    )  # negative control
+    assert (int(found.count), int(found.correct)) == (int(even.count), int(even.correct))
+
+
+def test_balance_keeps_the_mean_weight_and_narrows_with_its_power():
+    counts, shown = np.array([900, 90, 10, 0]), np.array([1000, 1000, 100, 0])
+    for balance in (0.25, 0.5, 1.0):
+        weights = class_weights(counts, shown, balance)
+        assert (counts * weights).sum() == pytest.approx(counts.sum())
+        # Class 1 is 9 % of the maps that show it, class 2 is 10 %, class 0 is 90 %.
+        assert weights[1] / weights[0] == pytest.approx(10**balance)
+        assert weights[2] / weights[0] == pytest.approx(9**balance)
+        assert weights[3] == weights[1]  # never seen: as the rarest
+
+
 # ------------------------------------------------------------------ refusals
 
 
@@ -256,6 +306,14 @@ def test_a_class_without_a_name_and_data_without_names_are_refused(tmp_path):
     sources = open_task(config.data, "task:segmentation", "train")
     with pytest.raises(InputError, match=r"class 9 in a map .* names 3 classes \(0 to 2\)"):
         learn_facts(config, sources)
+    nothing = {
+        ("segmentation", i): segmentation_members(i)
+        | {"seg.png": png(np.full(block_picture(i)[1].shape, 255, np.uint8))}
+        for i in range(TRAIN)
+    }
+    blank = toy_config("segmentation", write_tasks(tmp_path / "blank", nothing))
+    with pytest.raises(InputError, match="no map that was read has a pixel of a class"):
+        learn_facts(blank, open_task(blank.data, "task:segmentation", "train"))
     file = data / "dataset.json"
     file.write_text(file.read_text().replace("segmentation_classes", "other"))
     with pytest.raises(InputError, match=r"no facts\.segmentation_classes"):
@@ -282,6 +340,7 @@ def test_a_palette_map_counts_by_number_and_not_by_colour():
         ({"input.crop.scale": [0.5, 1.0]}, "would move the picture and not its map"),
         ({"input.rand_augment.operations": 2}, "would move the picture and not its map"),
         ({"segmentation.scale": [2.0, 0.5]}, r"scale must be 0 < low <= high <= 10, found 2\.0"),
+        ({"segmentation.balance": 1.5}, r"balance must be 0 to 1, found 1\.5"),
         ({"segmentation.stride": 1.5}, r"stride must be above 0 and at most 1, found 1\.5"),
         ({"segmentation.max_share": 0.0}, "max_share must be above 0"),
         ({"segmentation.scales": []}, "scales must be one or more"),

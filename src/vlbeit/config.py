@@ -391,6 +391,10 @@ class RetrievalConfig:
     matching: float = 1.0
     """Weight of the matching loss beside the contrast; 0: a dual encoder alone (VLMo's public
     fine-tuning)."""
+    hardness: float = 1.0
+    """How much likelier a pair that the dual encoder finds alike is drawn as a wrong one for the
+    matching: the power of its softmax. 1: ALBEF, VLMo; 0: any other image of the step alike, for a
+    dual encoder too weak to tell its own hard ones apart."""
     rerank: int = 32
     """How many of the dual encoder's nearest the fused pass looks at again in `vlbeit eval`; 0:
     none. VLMo: 32; ALBEF: 128 on Flickr30K, 256 on COCO."""
@@ -423,6 +427,10 @@ class SegmentationConfig:
     max_share: float = 0.75
     """A crop of which one class takes more than this share is drawn again, at most ten times;
     1: never."""
+    balance: float = 0.0
+    """How far the loss weighs rare classes up, from 0 (every pixel alike) to 1 (median frequency
+    balancing, Eigen & Fergus 2015; SegNet on CamVid): a weight is (median frequency / that of the
+    class) to this power. The mean weight of training's pixels stays 1."""
     inference: Literal["whole", "slide"] = "slide"
     """Evaluation in one pass over the picture, or by windows that overlap."""
     stride: float = 2 / 3

@@ -244,18 +244,24 @@ class Score:
         )
 
     @staticmethod
-    def of_logits(logits: Tensor, answers: Tensor, ignored: int = -100) -> Score:
+    def of_logits(
+        logits: Tensor, answers: Tensor, ignored: int = -100, weights: Tensor | None = None
+    ) -> Score:
         """Cross-entropy, taken in float32.
 
         Args:
             logits: (N, classes).
             answers: (N,) int64, a class each, or `ignored` (torch's default): such a row counts
                 nowhere.
+            weights: (classes,) float32, what a row of each class counts in loss_sum; none: 1. They
+                do not touch `count`, so that the mean of the loss stays a sum over a plain count.
         """
         logits = logits.float()
         counted = answers != ignored
         return Score(
-            loss_sum=F.cross_entropy(logits, answers, ignore_index=ignored, reduction="sum"),
+            loss_sum=F.cross_entropy(
+                logits, answers, weight=weights, ignore_index=ignored, reduction="sum"
+            ),
             count=counted.sum(),
             correct=((logits.detach().argmax(dim=1) == answers) & counted).sum(),
         )

@@ -150,6 +150,10 @@ class Submitting(Protocol):
         """The file's text from all rows (`predict`'s with `about`'s)."""
 
 
+OUTPUT_FACTS = ("classes", "answers")
+"""The facts that name a head's outputs, one each, in their order."""
+
+
 def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
     """What the training data fixes for the task of `config`.
 
@@ -158,6 +162,12 @@ def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict
     """
     found: dict[str, Any] = importlib.import_module(TASKS[config.task]).learn_facts(config, sources)
     return found
+
+
+def same_outputs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether heads with these facts say the same: equal names of classes or answers, in their
+    order. What else the data says (how frequent each is) may differ."""
+    return all(one.get(name) == other.get(name) for name in OUTPUT_FACTS)
 
 
 def build_task(

@@ -187,16 +187,18 @@ def keyed_uniforms(sample_ids: Sequence[str], *key: int | str) -> Tensor:
     return torch.tensor(drawn, dtype=torch.float64)
 
 
-def draw_hard(logits: Tensor, same: Tensor, uniforms: Tensor) -> Tensor:
-    """(B,) int64: for each row a column of another image, drawn from the softmax of its logits.
+def draw_hard(logits: Tensor, same: Tensor, uniforms: Tensor, hardness: float = 1.0) -> Tensor:
+    """(B,) int64: for each row a column of another image, drawn from the softmax of its logits
+    times `hardness`.
 
-    The likelier a mistake, the likelier it is drawn (ALBEF section 3.2, VLMo). Never a column of
-    the same image. -1 where there is no other image at all.
+    The likelier a mistake, the likelier it is drawn (ALBEF section 3.2 and VLMo: hardness 1; at 0
+    all other images are alike). Never a column of the same image. -1 where there is no other image
+    at all.
 
     Shapes: logits (B, N), same (B, N) bool, uniforms (B,) in [0, 1).
     """
     # On the CPU in float64: sums in a fixed order, and no weight is lost beside a large one.
-    weights = logits.to("cpu", torch.float64).masked_fill(same.cpu(), float("-inf"))
+    weights = (hardness * logits.to("cpu", torch.float64)).masked_fill(same.cpu(), float("-inf"))
     possible = weights.isfinite()
     weights = (weights - weights.amax(dim=1, keepdim=True)).exp().masked_fill(~possible, 0.0)
     reached = weights.cumsum(dim=1)  # (B, N)

@@ -196,10 +196,13 @@ class Retrieval:
     ) -> Score:
         words, valid = texts_of(batch)
         pixels = batch.image()
-        hard_text = draw_hard(
-            found.text_logits, found.same, self._uniforms(batch, "hard text")
-        )  # (B,)
-        hard_image = draw_hard(found.image_logits, found.same, self._uniforms(batch, "hard image"))
+        hard_text, hard_image = (
+            draw_hard(logits, found.same, self._uniforms(batch, kind), self.settings.hardness)
+            for logits, kind in (
+                (found.text_logits, "hard text"),
+                (found.image_logits, "hard image"),
+            )
+        )  # (B,) each
         # Where all pairs are of one image there is nothing to tell apart: the true pair again.
         own = torch.tensor(shares.places, dtype=torch.int64, device=pixels.device)
         labels = torch.cat((torch.ones_like(own), (hard_image < 0).long(), (hard_text < 0).long()))
@@ -455,6 +458,16 @@ def check(settings: RetrievalConfig) -> None:
     if settings.matching < 0:
         raise ConfigError(
             f"retrieval.matching must be 0 (no matching) or above, found {settings.matching}"
+        )
+    if settings.hardness < 0:
+        raise ConfigError(
+            f"retrieval.hardness must be 0 (any other image alike) or above, found "
+            f"{settings.hardness}"
+        )
+    if settings.hardness != 1 and settings.matching == 0:
+        raise ConfigError(
+            f"retrieval.hardness is {settings.hardness} and retrieval.matching is 0: without the "
+            "matching loss no wrong pair is drawn; leave retrieval.hardness at 1"
         )
     if settings.rerank < 0:
         raise ConfigError(f"retrieval.rerank must be 0 (off) or above, found {settings.rerank}")

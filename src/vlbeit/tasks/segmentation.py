@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vlbeit.config import CropConfig, FinetuneConfig, SegmentationConfig, SegmentationRun
@@ -78,10 +79,11 @@ class SegmentationHead(nn.Module):
 
 
 def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict[str, Any]:
-    """{"classes": names in the order of their numbers, "most_frequent": number, by pixels}.
+    """{"classes": names in the order of their numbers, "most_frequent": number, by pixels}; with
+    `segmentation.balance` also "class_weights", of each class in the loss.
 
     Raises:
-        InputError: no class names, or a number without one.
+        InputError: no class names, a number without one, or no pixel with a class.
     """
     classes = facts_of(config.data, "segmentation_classes")
     if not classes:
@@ -89,15 +91,17 @@ def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict
             f"{', '.join(config.data)}: dataset.json has no facts.segmentation_classes, the names "
             "of the classes in the order of their numbers; prepare the folder again"
         )
-    counts = np.zeros(256, dtype=np.int64)
+    counts, shown = np.zeros(256, dtype=np.int64), np.zeros(256, dtype=np.int64)
     for source in sources:
         read = min(len(source), COUNTED_MAPS)
         for index in range(read):
             try:
                 record = source.read(index * len(source) // read, only=("seg.png",))
-                counts += np.bincount(map_of(record).ravel(), minlength=256)
+                found = np.bincount(map_of(record).ravel(), minlength=256)
             except (BadSample, BadImage):
                 continue  # named and counted when the loader meets it
+            counts += found
+            shown += (found > 0) * found[:IGNORED].sum()
     beyond = np.flatnonzero(counts[len(classes) : IGNORED])
     if len(beyond):
         raise InputError(
@@ -105,7 +109,37 @@ def learn_facts(config: FinetuneConfig, sources: Sequence[RecordSource]) -> dict
             f"{', '.join(s.name for s in sources)}; dataset.json names {len(classes)} classes (0 "
             f"to {len(classes) - 1}), and {IGNORED} stands for none"
         )
-    return {"classes": classes, "most_frequent": int(counts[: len(classes)].argmax())}
+    counts, shown = counts[: len(classes)], shown[: len(classes)]
+    if not counts.any():
+        raise InputError(
+            f"source(s) {', '.join(s.name for s in sources)}: no map that was read has a pixel of "
+            f"a class, all are {IGNORED}; prepare the folder again"
+        )
+    facts: dict[str, Any] = {"classes": classes, "most_frequent": int(counts.argmax())}
+    assert isinstance(config, SegmentationRun)
+    if config.segmentation.balance:
+        facts["class_weights"] = class_weights(counts, shown, config.segmentation.balance).tolist()
+    return facts
+
+
+def class_weights(counts: np.ndarray, shown: np.ndarray, balance: float) -> np.ndarray:
+    """(K,) weights of the classes in the loss (SegmentationConfig.balance).
+
+    A class's frequency is its share of the pixels of those maps that show it. One that no map shows
+    weighs as much as the rarest that some map does.
+
+    Args:
+        counts: (K,) pixels of each class.
+        shown: (K,) pixels with a class, of the maps that show this one.
+        balance: the power.
+    """
+    there = counts > 0
+    frequency = counts[there] / shown[there]
+    weights = np.full(len(counts), frequency.min())
+    weights[there] = frequency
+    weights = (np.median(frequency) / weights) ** balance
+    scaled_up: np.ndarray = weights * (counts.sum() / (counts * weights).sum())
+    return scaled_up
 
 
 def map_of(record: Record) -> np.ndarray:
@@ -140,6 +174,7 @@ class Segmentation:
         self.settings = config.segmentation
         self.facts = facts
         self.classes: list[str] = facts["classes"]
+        self._class_weights: list[float] = facts["class_weights"] if self.settings.balance else []
         self.weights: Mapping[str, float] = {"segmentation": 1.0}
         if self.settings.auxiliary:
             self.weights = {"segmentation": 1.0, "auxiliary": self.settings.auxiliary}
@@ -221,7 +256,12 @@ class Segmentation:
     def score(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> dict[str, Score]:
         """Cross-entropy at every pixel that counts, the scores brought to the map's size; one pass
         over the whole picture. The mean is over these pixels (mmsegmentation's also counts the
-        others)."""
+        others); `segmentation.balance` weighs them by class."""
+        weights = (
+            torch.tensor(self._class_weights, device=batch.targets["map"].device)
+            if self._class_weights
+            else None
+        )
         totals = {name: Score.zero(batch.targets["map"].device) for name in self.weights}
         draws = batch.draws()
         for places, pixels, maps in groups(batch):
@@ -236,7 +276,7 @@ class Segmentation:
                 if list(size) != up:
                     scores = interpolate(scores, up)[..., : size[0], : size[1]]
                 rows = interpolate(scores, maps.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2)
-                totals[name] = totals[name] + Score.of_logits(rows, wanted, IGNORED)
+                totals[name] = totals[name] + Score.of_logits(rows, wanted, IGNORED, weights)
         return totals
 
     def predict(self, model: VLBeit, head: nn.Module, batch: TaskBatch) -> list[dict[str, Any]]:
@@ -399,6 +439,8 @@ def check(config: SegmentationRun) -> None:
         )
     if given.auxiliary < 0:
         raise ConfigError(f"segmentation.auxiliary must be at least 0, found {given.auxiliary}")
+    if not 0 <= given.balance <= 1:
+        raise ConfigError(f"segmentation.balance must be 0 to 1, found {given.balance}")
     low, high = given.scale
     if not 0 < low <= high <= 10:
         raise ConfigError(

@@ -23,7 +23,7 @@ from vlbeit.nn.flops import task_flops
 from vlbeit.nn.model import VLBeit
 from vlbeit.nn.transfer import transfer
 from vlbeit.recipes import FINETUNE
-from vlbeit.tasks import Task, build_task, learn_facts, reached
+from vlbeit.tasks import Task, build_task, learn_facts, reached, same_outputs
 from vlbeit.tokens.text import TextTokenizer
 from vlbeit.train.block_settings import set_blocks
 from vlbeit.train.limit import matrix_limit
@@ -162,7 +162,8 @@ def begin_weights(config: FinetuneConfig, model: VLBeit, task: Task, begin: Chec
     tensors = begin.model_tensors()
     its_facts = begin.folder / TASK_FILE
     if its_facts.is_file() and (
-        begin.config.get("task") != config.task or read_json(its_facts) != task.facts
+        begin.config.get("task") != config.task
+        or not same_outputs(read_json(its_facts), task.facts)
     ):
         # A head with the same shape may still stand for other answers or classes.
         own = {name for name in model.state_dict() if name.startswith("task.")}
