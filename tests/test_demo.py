@@ -156,6 +156,7 @@ def test_the_page_of_a_demo_searches_its_held_out_scenes_wherever_the_folder_is(
     assert "moved/index" in said[-1] and "not served (000000000000): left out" in said[-1]
 
 
+@pytest.mark.slow
 def test_every_task_has_its_promised_figure_beside_its_baseline(demo):
     found = metrics(demo)["tasks"]
     assert {name: [key for key in entry if key in PROMISED] for name, entry in found.items()} == {

@@ -393,8 +393,8 @@ class RetrievalConfig:
     fine-tuning)."""
     hardness: float = 1.0
     """How much likelier a pair that the dual encoder finds alike is drawn as a wrong one for the
-    matching: the power of its softmax. 1: ALBEF, VLMo; 0: any other image of the step alike, for a
-    dual encoder too weak to tell its own hard ones apart."""
+    matching: the power of its softmax. 1: ALBEF, VLMo; 0: any other image of the micro-batch
+    alike, for a dual encoder too weak to tell its own hard ones apart."""
     rerank: int = 32
     """How many of the dual encoder's nearest the fused pass looks at again in `vlbeit eval`; 0:
     none. VLMo: 32; ALBEF: 128 on Flickr30K, 256 on COCO."""
