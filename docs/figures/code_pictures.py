@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from vlbeit.data.transforms import decode_image, resize
+from vlbeit.data.transforms import decode_image, plain, resize
+from vlbeit.eval.code_pictures import decoded
 from vlbeit.tokens.visual import load_visual_tokenizer
 
 HERE = Path(__file__).resolve().parent
@@ -26,14 +27,11 @@ def rows_of(pictures: list[Path], tokenizers: dict[str, str]) -> dict[str, list[
     rows = {"original": given}
     for name, folder in tokenizers.items():
         tokenizer = load_visual_tokenizer(folder)
-        size = tokenizer.image_size
-        pixels = torch.stack(
-            [torch.from_numpy(resize(picture, size)).permute(2, 0, 1) for picture in given]
-        )
-        grid = (size[0] // tokenizer.patch, size[1] // tokenizer.patch)
-        codes = tokenizer.encode(pixels).unflatten(1, grid)
-        drawn = tokenizer.decode(codes).permute(0, 2, 3, 1).numpy()
-        rows[name] = [resize(picture, (SIDE, SIDE)) for picture in drawn]
+        seen = [plain(picture, tokenizer.image_size) for picture in given]
+        _, drawn = decoded(tokenizer, torch.from_numpy(np.stack(seen)))
+        rows[name] = [
+            resize(picture, (SIDE, SIDE)) for picture in drawn.permute(0, 2, 3, 1).numpy()
+        ]
     return rows
 
 
@@ -51,7 +49,7 @@ def main() -> None:
         pen.text((4, step * row + SIDE // 2 - 8), name, fill="black", font=font)
         for column, picture in enumerate(pictures):
             sheet.paste(Image.fromarray(picture), (NAMES + step * column, step * row))
-    sheet.quantize(256).save(args.out, optimize=True)  # a quarter of the bytes
+    sheet.quantize(256).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,10 @@ def parser_of_flags() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run, checkpoint or demo folder")
-    parser.add_argument("--index", help="a folder written by vlbeit index, to be searched (default: that of a demo folder)")
+    parser.add_argument(
+        "--index",
+        help="a folder written by vlbeit index, to be searched (default: that of a demo folder)",
+    )
     parser.add_argument("--host", default=default.host, help="address (default: %(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="0: a free one")
     parser.add_argument(
